@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from personafast._version import __version__
 
 if TYPE_CHECKING:
-    from personafast.attach import PersonaHandle, attach
+    from personafast.handle import PersonaHandle, attach
     from personafast.errors import BackendError, FormatError, PersonafastError, UnsupportedModelError
     from personafast.library import PersonaLibrary
     from personafast.persona import Persona
 
 # Resolved on first use: `import personafast` must stay free of transformers, triton, vllm, peft and matplotlib.
 _HOME = {
-    "attach": "personafast.attach",
-    "PersonaHandle": "personafast.attach",
+    "attach": "personafast.handle",
+    "PersonaHandle": "personafast.handle",
     "Persona": "personafast.persona",
     "PersonaLibrary": "personafast.library",
     "PersonafastError": "personafast.errors",
