@@ -1,0 +1,34 @@
+"""The operators: each is `personafast.ops.<name>` and `torch.ops.personafast.<name>`, on every backend alike.
+
+Importing this imports torch and nothing else: no triton, no transformers.
+"""
+
+from personafast.ops import philox
+from personafast.ops._aggregate_logits import aggregate_logits
+from personafast.ops._aggregator import Aggregator
+from personafast.ops._backend import BACKENDS, available, chosen, use_backend
+from personafast.ops._chunk_accept import chunk_accept
+from personafast.ops._chunk_scores import chunk_scores
+from personafast.ops._inject import inject_
+from personafast.ops._lora_delta import lora_delta_
+from personafast.ops._mask_bits import pack_mask, unpack_mask
+from personafast.ops._masked_linear import masked_linear
+from personafast.ops._token_logprobs import token_logprobs
+
+__all__ = [
+    "BACKENDS",
+    "Aggregator",
+    "aggregate_logits",
+    "available",
+    "chosen",
+    "chunk_accept",
+    "chunk_scores",
+    "inject_",
+    "lora_delta_",
+    "masked_linear",
+    "pack_mask",
+    "philox",
+    "token_logprobs",
+    "unpack_mask",
+    "use_backend",
+]

@@ -1,0 +1,94 @@
+"""Registration and the argument checks all operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from personafast.errors import PersonafastError
+from personafast.ops import _backend
+
+# A module-level Library lives as long as the process. Not torch.library.custom_op: that costs 15 to 60 us a call.
+_LIBRARY = torch.library.Library("personafast", "DEF")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], kernels: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Define `torch.ops.personafast.<name>` and return its default overload.
+
+    Args:
+        schema: name and signature in torch's schema language.
+        kernel: runs on CPU and CUDA tensors.
+        fake: the shapes and dtypes of the results, for tracing.
+        kernels: the backends that have a kernel of their own for this operator.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"personafast::{name}", fake, lib=_LIBRARY)
+    _backend.KERNELS[name] = kernels
+    return getattr(torch.ops.personafast, name).default
+
+
+def fail(op: str, message: str) -> NoReturn:
+    """Raise the one-line error of `op`."""
+    raise PersonafastError(f"{op}: {message}")
+
+
+def check_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
+    """Refuse to be differentiated: there is no backward, and a missing one would be silently wrong."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                fail(op, "has no gradient, but an input requires one: use torch.no_grad() or detach the input")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, shape: Sequence[Any], meaning: str) -> None:
+    """`tensor` must have exactly `shape`; `meaning` spells the shape in letters, as "[T, H]"."""
+    if tuple(tensor.shape) != tuple(shape):
+        fail(op, f"`{name}` has shape {list(tensor.shape)}, expected {meaning} = {list(shape)}")
+
+
+def check_dims(op: str, name: str, tensor: torch.Tensor, dims: int, meaning: str) -> None:
+    """`tensor` must have `dims` dimensions."""
+    if tensor.dim() != dims:
+        fail(op, f"`{name}` has shape {list(tensor.shape)}, expected {meaning}")
+
+
+def check_dtype(op: str, name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """`tensor` must have one of the `allowed` dtypes."""
+    if tensor.dtype not in allowed:
+        choices = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        fail(op, f"`{name}` has dtype {str(tensor.dtype).removeprefix('torch.')}, expected {choices}")
+
+
+def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
+    """`tensor` must be of a floating dtype that the operators know."""
+    if tensor.dtype not in FLOATS:
+        check_dtype(op, name, tensor, *FLOATS)
+
+
+def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any, count: Any) -> None:
+    """`slots` must be int32 [T]; on a CPU every value must lie in [-1, count).
+
+    On a GPU reading the values would wait for the device, so there the kernels leave a row of a wrong slot alone.
+    """
+    check_dtype(op, name, slots, torch.int32)
+    check_shape(op, name, slots, (rows,), "[T]")
+
+
+def check_slot_range(op: str, name: str, slots: torch.Tensor, count: int) -> list[int] | None:
+    """The values of `slots` as a list, each checked to lie in [-1, count); None on a GPU, where nothing is read."""
+    if slots.device.type != "cpu":
+        return None
+    values: list[int] = slots.tolist()
+    if values and not (-1 <= min(values) and max(values) < count):
+        wrong = next(value for value in values if not -1 <= value < count)
+        fail(op, f"`{name}` holds {wrong}, but there are {count} slots: valid are -1 to {count - 1}")
+    return values

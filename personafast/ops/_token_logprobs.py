@@ -1,0 +1,173 @@
+"""token_logprobs: log probability of one given token a row, straight from the hidden states."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from personafast.ops import _backend
+from personafast.ops._library import check_dims, check_dtype, check_float, check_no_grad, check_shape, fail, register
+
+_OP = "token_logprobs"
+
+# Logits alive at one time, in elements: 64 MiB of fp32.
+BLOCK_LOGITS = 1 << 24
+
+
+def _validate(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    softcap: float,
+) -> None:
+    check_no_grad(_OP, hidden, lm_head, temperature, bias)
+    check_dims(_OP, "hidden", hidden, 2, "[T, H]")
+    check_float(_OP, "hidden", hidden)
+    rows, width = hidden.shape
+    if lm_head.dim() != 2 or lm_head.shape[1] != width:
+        fail(_OP, f"`lm_head` has shape {list(lm_head.shape)}, expected [V, H] with H = {width} as in `hidden`")
+    check_dtype(_OP, "lm_head", lm_head, hidden.dtype)
+    check_dtype(_OP, "tokens", tokens, torch.int64, torch.int32)
+    check_shape(_OP, "tokens", tokens, (rows,), "[T]")
+    if temperature is not None:
+        check_dtype(_OP, "temperature", temperature, torch.float32)
+        check_shape(_OP, "temperature", temperature, (rows,), "[T]")
+    if bias is not None:
+        check_dtype(_OP, "bias", bias, hidden.dtype)
+        check_shape(_OP, "bias", bias, (lm_head.shape[0],), "[V]")
+    if softcap < 0:
+        fail(_OP, f"`softcap` is {softcap:g}, expected 0 (none) or more")
+
+
+def _check_values(lm_head: torch.Tensor, tokens: torch.Tensor, temperature: torch.Tensor | None) -> None:
+    if tokens.device.type == "cpu" and tokens.numel():
+        lowest, highest = (int(value) for value in tokens.aminmax())
+        if lowest < 0 or highest >= lm_head.shape[0]:
+            wrong = lowest if lowest < 0 else highest
+            fail(_OP, f"`tokens` holds {wrong}, but `lm_head` has {lm_head.shape[0]} tokens")
+        if temperature is not None and not bool((temperature > 0).all()):
+            fail(_OP, f"`temperature` holds {float(temperature.amin()):g}, expected more than 0")
+
+
+def _logp(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if temperature is not None:
+        logits = logits / temperature[:, None]
+    return logits.log_softmax(-1).gather(1, tokens.long()[:, None])[:, 0].float()
+
+
+def reference(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """The specification of `token_logprobs` in plain torch, in fp32 throughout."""
+    _check_values(lm_head, tokens, temperature)
+    wide = _backend.wide(hidden.dtype)
+    logits = F.linear(hidden.to(wide), lm_head.to(wide), None if bias is None else bias.to(wide))
+    return _logp(logits, tokens, temperature, logit_scale, softcap)
+
+
+def _blocked(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    _check_values(lm_head, tokens, temperature)
+    wide = _backend.wide(hidden.dtype)
+    rows = max(1, BLOCK_LOGITS // max(1, lm_head.shape[0]))
+    out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for start in range(0, hidden.shape[0], rows):
+        block = slice(start, start + rows)
+        logits = F.linear(hidden[block], lm_head, bias).to(wide)
+        heat = None if temperature is None else temperature[block]
+        out[block] = _logp(logits, tokens[block], heat, logit_scale, softcap)
+    return out
+
+
+def _run(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    _validate(hidden, lm_head, tokens, temperature, bias, softcap)
+    slow = _backend.pick(_OP, hidden.device.type) == "reference"
+    form = reference if slow else _blocked
+    return form(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
+
+
+def _fake(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    _validate(hidden, lm_head, tokens, temperature, bias, softcap)
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
+
+
+_op = register(
+    "token_logprobs(Tensor hidden, Tensor lm_head, Tensor tokens, Tensor? temperature=None, Tensor? bias=None,"
+    " float logit_scale=1.0, float softcap=0.0) -> Tensor",
+    _run,
+    _fake,
+)
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Log probability of one token a row, without holding the [T, V] logits at once.
+
+    l = logit_scale (lm_head hidden[t] + bias); l = softcap tanh(l / softcap) if softcap > 0; the result is
+    log_softmax(l / temperature[t])[tokens[t]] in fp32. At most 64 MiB of logits are alive at a time.
+
+    Args:
+        hidden: [T, H] float32, bfloat16, float16 or float64, after the final norm.
+        lm_head: [V, H] in the dtype of `hidden`.
+        tokens: int64 or int32 [T].
+        temperature: float32 [T], more than 0, or None for 1.
+        bias: [V] in the dtype of `hidden`, or None.
+        logit_scale: factor on the logits (Cohere's logit_scale, one over Granite's logits_scaling).
+        softcap: Gemma 2's final_logit_softcapping, or 0 for none.
+
+    Returns:
+        float32 [T].
+
+    Raises:
+        PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a token is outside
+            [0, V) or a temperature not positive.
+    """
+    return _op(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
