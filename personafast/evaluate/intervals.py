@@ -27,9 +27,12 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 
     Raises:
         PersonafastError: unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
+
     """
     if n < 1 or not 0 <= successes <= n:
-        raise PersonafastError(f"wilson: successes={successes} of n={n} is no proportion; pass 0 <= successes <= n, n >= 1")
+        raise PersonafastError(
+            f"wilson: successes={successes} of n={n} is no proportion; pass 0 <= successes <= n, n >= 1"
+        )
     if not 0 < confidence < 1:
         raise PersonafastError(f"wilson: confidence={confidence} must lie strictly between 0 and 1, as 0.95 does")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -42,9 +45,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(p, low, high)
 
 
-def newcombe_difference(
-    successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = 0.95
-) -> Interval:
+def newcombe_difference(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = 0.95) -> Interval:
     """Newcombe's hybrid score interval of the difference a - b of two independent proportions.
 
     With (p, l, u) the rate and Wilson limits of each: low = d - sqrt((p_a - l_a)^2 + (u_b - p_b)^2) and
@@ -54,6 +55,7 @@ def newcombe_difference(
 
     Raises:
         PersonafastError: as `wilson`.
+
     """
     a = wilson(successes_a, n_a, confidence)
     b = wilson(successes_b, n_b, confidence)

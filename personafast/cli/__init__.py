@@ -1,0 +1,51 @@
+"""The command line: `personafast demo`, `generate`, `doctor`, `zoo build` and `zoo info`.
+
+Results go to stdout, progress and notes to stderr. An error a caller can mend is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from personafast._version import __version__
+from personafast.cli import demo, generate, zoo
+from personafast.cli.errors import OneLineErrors
+
+app = typer.Typer(
+    name="personafast",
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Let a Hugging Face model speak with several personas at once.\n\n"
+    "Start with `personafast demo`: it compares every method on the built-in model in under a minute, offline.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"personafast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
+app.add_typer(zoo.app, name="zoo")
+
+
+def main() -> None:
+    """Entry point of the `personafast` command."""
+    app()

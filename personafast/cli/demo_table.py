@@ -1,0 +1,66 @@
+"""The demo on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from personafast.cli.demo_text import TERMINAL_COLOURS, WHY, colours, conditions, segments, verdict
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.0f} %"
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    return f"{100 * value['rate']:.0f} % [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+
+
+def show(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the table, sample replies with highlighted traits, and what to conclude."""
+    console = console or Console()
+    chosen = result["chosen"]
+    colour = colours(chosen, TERMINAL_COLOURS)
+
+    table = Table(title="Share of replies that show each trait", caption=conditions(result), title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in chosen:
+        table.add_column(Text(name, style=f"black on {colour[name]}"), justify="right")
+    table.add_column(f"all {len(chosen)} [95 %]", justify="right", no_wrap=True)
+    table.add_column("grammar", justify="right")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("forwards a token", justify="right")
+    for method in result["methods"]:
+        table.add_row(
+            method["name"],
+            *(_percent(method["traits"][name]["rate"]) for name in chosen),
+            _interval(method["joint"]),
+            _percent(method["grammar"]),
+            f"{method['tokens_per_s']:,.0f}",
+            f"{method['forwards_per_token']:.2f}",
+            style="bold" if method["name"] == "direct" else "",
+        )
+    console.print(table)
+
+    console.print("\nFirst replies, traits highlighted:", *_legend(colour))
+    for method in result["methods"]:
+        how = result["settings"]["how"][method["name"]]
+        console.print(Text.assemble((method["name"], "bold"), (f"  {how}", "dim")))
+        for sample in method["samples"]:
+            line = Text("  ")
+            for text, name in segments(sample["reply"], sample["spans"]):
+                line.append(text, style=f"black on {colour[name]}" if name else "")
+            shown = [name for name in chosen if sample["spans"][name]]
+            line.append(f"  ({', '.join(shown) or 'none'})", style="dim")
+            console.print(line, soft_wrap=not console.is_terminal)
+    console.print()
+    console.print(Text(verdict(result), style="bold"), soft_wrap=not console.is_terminal)
+    console.print(Text(WHY), soft_wrap=not console.is_terminal)
+
+
+def _legend(colour: Mapping[str, str]) -> list[Text]:
+    return [Text(f" {name} ", style=f"black on {shade}") for name, shade in colour.items()]

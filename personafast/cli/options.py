@@ -1,0 +1,78 @@
+"""Reading what was typed: name=number pairs, prompts files, numbers that must be finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from personafast.errors import FormatError, PersonafastError
+
+
+def assignments(option: str, values: Sequence[str]) -> dict[str, float]:
+    """Parse "name=number" pairs, each split at its last "=" so that a system prompt may hold one.
+
+    Raises:
+        PersonafastError: no "=", an empty name, no finite number, or a name given twice.
+
+    """
+    parsed: dict[str, float] = {}
+    for value in values:
+        name, separator, number = value.rpartition("=")
+        name = name.strip()
+        if not separator or not name:
+            raise PersonafastError(f"{option} {value!r}: expected name=number, as in 'warm=1.0'")
+        try:
+            weight = float(number)
+        except ValueError:
+            raise PersonafastError(f"{option} {value!r}: {number!r} is not a number; write 'name=1.0'") from None
+        if not math.isfinite(weight):
+            raise PersonafastError(f"{option} {value!r}: the weight is {weight}; give a finite number")
+        if name in parsed:
+            raise PersonafastError(f"{option} {value!r}: {name!r} is given twice; name it once, with one number")
+        parsed[name] = weight
+    return parsed
+
+
+def finite(option: str, value: float, *, low: float, high: float = math.inf) -> float:
+    """Return `value` if it is a finite number in [low, high], or raise `PersonafastError` naming the option."""
+    if not math.isfinite(value) or not low <= value <= high:
+        wanted = f"between {low:g} and {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise PersonafastError(f"{option} {value:g}: give a finite number {wanted}")
+    return value
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: one a line, or from a `.jsonl` file the "prompt" of every object. Blank lines are skipped.
+
+    Raises:
+        FormatError: the file is missing, not UTF-8 text, holds a line without a prompt, or no prompt at all.
+
+    """
+    if not path.is_file():
+        raise FormatError(
+            f"{path}: no such file; --prompts-file takes a text file with one prompt a line, or a .jsonl file"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise FormatError(f"{path}: not UTF-8 text; --prompts-file takes one prompt a line, or a .jsonl file") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        prompts = [_prompt_of(path, number, line) for number, line in numbered]
+    else:
+        prompts = [line for _, line in numbered]
+    if not prompts:
+        raise FormatError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def _prompt_of(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise FormatError(f'{path}: line {number} is no object with a "prompt" text; write {{"prompt": "..."}}')
+    return prompt
