@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from personafast._version import __version__
 
 if TYPE_CHECKING:
-    from personafast.handle import PersonaHandle, attach
     from personafast.errors import BackendError, FormatError, PersonafastError, UnsupportedModelError
+    from personafast.handle import PersonaHandle, attach
     from personafast.library import PersonaLibrary
     from personafast.persona import Persona
 

@@ -1,0 +1,68 @@
+"""Token-level sampling from the target, exactly: one forward over reference and policies, one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from personafast.density.draws import Draws, Stream, choose
+from personafast.density.rule import Rule
+from personafast.density.scorer import Scorer
+from personafast.density.transcript import Transcript
+
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def sample_direct(
+    scorer: Scorer,
+    transcript: Transcript,
+    rule: Rule,
+    draws: Draws | None,
+    *,
+    process: Process | None = None,
+    carry: bool = False,
+) -> None:
+    """Draw every token from q_t(y) = g(pi_1 / pi_0, ..., pi_N / pi_0) pi_0 / Z, the token-level target (METHODS 3.3).
+
+    Args:
+        scorer: the models.
+        transcript: receives the tokens; says when rows end.
+        rule: weights, aggregator and support mask of every row.
+        draws: uniforms; None takes the most probable token.
+        process: user processors and warpers, (ids [b, l], log-target [b, V]) -> scores [b, V].
+        carry: weigh the policies of a linear rule by their ratios over the text so far, which makes the whole text
+            one draw from the mixture of policies; otherwise every token is a draw from it.
+    """
+    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
+    carried = torch.zeros_like(rule.weights) if carry else None
+    while transcript.open:
+        reference, policies = scorer.score(nothing, reference=True)
+        assert reference is not None
+        ref, members = reference[:, 0], policies[:, :, 0]
+        target = rule.target(ref, members, carried)
+        if process is not None:
+            target = process(transcript.ids(), target)
+        if draws is None:
+            token = target.argmax(dim=-1)
+        else:
+            token = choose(target, draws.uniform(Stream.SAMPLE, transcript.positions)[:, 0])
+        if carried is not None:
+            carried = carried + _log_ratios(ref, members, token, rule.policy_temperature)
+        transcript.append(token[:, None], torch.ones_like(token))
+        scorer.commit(token[:, None], torch.ones_like(token))
+        rows = transcript.shrink()
+        if rows is not None:
+            nothing = nothing[rows]
+            carried = carried[rows] if carried is not None else None
+            for part in (scorer, rule, draws):
+                if part is not None:
+                    part.keep(rows)
+
+
+def _log_ratios(reference: torch.Tensor, policies: torch.Tensor, token: torch.Tensor, t: float) -> torch.Tensor:
+    """log pi_i(token) - log pi_0(token), float32 [B, N]."""
+    index = token[None, :, None].expand(policies.shape[0], -1, 1)
+    of_policies = (policies / t).log_softmax(dim=-1).gather(2, index).squeeze(2)
+    of_reference = (reference / t).log_softmax(dim=-1).gather(1, token[:, None])
+    return of_policies.t() - of_reference

@@ -1,0 +1,67 @@
+"""Random draws that belong to a row, not to a batch: Philox keyed by the row's seed and its position."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from personafast.ops import philox
+
+_MIX = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: splitmix64's increment
+_MASK = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """What a uniform is for; two purposes at one position never share a draw."""
+
+    SAMPLE = 0
+    PROPOSE = 1
+    ACCEPT = 2
+    RETRY = 3
+    EXACT = 4
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A 63-bit seed for one row of a call, by splitmix64 of the call's seed and the row's index."""
+    state = (seed + (row + 1) * _MIX) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (state ^ (state >> 31)) >> 1
+
+
+class Draws:
+    """Uniforms of B rows.
+
+    Args:
+        seeds: int64 [B], the rows' own seeds.
+    """
+
+    def __init__(self, seeds: torch.Tensor) -> None:
+        self._seeds = seeds
+
+    def uniform(self, stream: Stream, positions: torch.Tensor, n: int = 1) -> torch.Tensor:
+        """float64 [B, n] in (0, 1) for the rows' positions, int64 [B]; the same on every device."""
+        return philox.uniform(self._seeds, positions, int(stream), n)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows only."""
+        self._seeds = self._seeds[rows]
+
+
+def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Invert the distribution function: the first token whose cumulated probability exceeds u.
+
+    Args:
+        logp: [B, V] log-probabilities up to a constant; -inf for tokens that cannot be drawn.
+        u: float64 [B] in (0, 1).
+
+    Returns:
+        int64 [B].
+    """
+    p = torch.softmax(logp.double(), dim=-1)
+    cumulated = p.cumsum(dim=-1)
+    token = torch.searchsorted(cumulated, (u * cumulated[:, -1])[:, None], right=True).squeeze(1)
+    # Rounding may leave the product on the total: the last token that can be drawn takes it.
+    last = p.shape[1] - 1 - (p.flip(1) > 0).int().argmax(dim=1)
+    return torch.minimum(token, last)

@@ -1,0 +1,166 @@
+"""The text each row has so far, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Drop finished rows from the batch once they are more than this share of it.
+_SHRINK = 0.25
+
+
+@dataclass
+class GenerationStats:
+    """What a call did.
+
+    Attributes:
+        rounds: sampler rounds (one target token each for `direct`, one chunk for `scr`).
+        tokens: tokens committed, over all rows.
+        forwards: member forward passes (one member of one row in one call of the model counts 1).
+        calls: calls of the model.
+        proposed, accepted: proposed tokens, and those of them that were accepted (`scr`).
+        scored, clipped: chunk scores compared with a bound, and those above it: their share is `clipped_mass`, a
+            measure of the bias of an estimated bound.
+        fallbacks: exact tokens drawn after the retry cap (`scr`).
+        notes: what was chosen for the caller, and why.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    calls: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    scored: int = 0
+    clipped: int = 0
+    fallbacks: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of proposed tokens accepted; None where nothing is proposed."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def clipped_mass(self) -> float | None:
+        """Share of scores above their bound; None where there is no bound."""
+        return self.clipped / self.scored if self.scored else None
+
+    @property
+    def forwards_per_token(self) -> float:
+        """Member forward passes per committed token."""
+        return self.forwards / max(1, self.tokens)
+
+
+class Transcript:
+    """Committed tokens of B rows; rows that ended leave the batch.
+
+    Args:
+        prompt: int64 [B, L], as the caller gave it (padding included).
+        limit: most new tokens a row.
+        eos: ids that end a row.
+        criteria: transformers stopping criteria beyond length and EOS, (ids [b, l], scores) -> bool [b].
+        on_tokens: called with the new tokens of every commit, for streaming.
+    """
+
+    def __init__(
+        self,
+        prompt: torch.Tensor,
+        limit: int,
+        eos: Sequence[int],
+        criteria: Sequence[Callable[..., Any]] = (),
+        on_tokens: Callable[[torch.Tensor], None] | None = None,
+        may_shrink: bool = True,
+    ) -> None:
+        batch = prompt.shape[0]
+        self.stats = GenerationStats()
+        self.alive = torch.arange(batch, device=prompt.device)
+        self._prompt = prompt
+        self._limit = limit
+        self._eos = torch.tensor(list(eos), dtype=torch.long, device=prompt.device)
+        self._criteria = list(criteria)
+        self._on_tokens = on_tokens
+        self._may_shrink = may_shrink
+        self._tokens = torch.zeros(batch, limit, dtype=torch.long, device=prompt.device)
+        self._length = torch.zeros(batch, dtype=torch.long, device=prompt.device)
+        self._done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """New tokens so far of the rows in the batch, int64 [b]."""
+        return self._length[self.alive]
+
+    @property
+    def room(self) -> torch.Tensor:
+        """Tokens the rows in the batch may still get, int64 [b]."""
+        return self._limit - self.positions
+
+    @property
+    def open(self) -> bool:
+        """Whether any row goes on."""
+        return self._limit > 0 and not bool(self._done.all())
+
+    def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which tokens end a row."""
+        return torch.isin(tokens, self._eos)
+
+    def ids(self) -> torch.Tensor:
+        """Prompt and new tokens of the rows in the batch, int64 [b, L + l]; ragged rows are aligned at the right."""
+        return self._aligned(self.alive, self.positions)
+
+    def append(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Add tokens[b, :counts[b]] to the rows in the batch, up to where a row ends.
+
+        A row that ended before takes what it is given for show only: nothing of it is kept.
+
+        Returns:
+            bool [b], rows that have ended.
+        """
+        self.stats.rounds += 1
+        for j in range(int(counts.max())):
+            adds = (~self._done[self.alive]) & (counts > j)
+            rows = self.alive[adds]
+            if not rows.numel():
+                break
+            new = tokens[adds, j]
+            self._tokens[rows, self._length[rows]] = new
+            self._length[rows] += 1
+            self.stats.tokens += rows.numel()
+            ended = torch.isin(new, self._eos) | (self._length[rows] >= self._limit)
+            if self._criteria:
+                ids = self._aligned(rows, self._length[rows])
+                for criterion in self._criteria:
+                    ended = ended | torch.as_tensor(criterion(ids, ()), device=ended.device)
+            self._done[rows] = ended
+            if self._on_tokens is not None:
+                self._on_tokens(new)
+        return self._done[self.alive]
+
+    def shrink(self) -> torch.Tensor | None:
+        """Rows of the batch to go on with, int64 indices into it, when enough have ended; None to go on with all."""
+        ended = self._done[self.alive]
+        share = float(ended.float().mean())
+        if not self._may_shrink or share <= _SHRINK or share == 1:
+            return None
+        rows = (~ended).nonzero().flatten()
+        self.alive = self.alive[rows]
+        return rows
+
+    def sequences(self, pad: int) -> torch.Tensor:
+        """Prompt and new tokens of every row, int64 [B, L + longest], `pad` after a row's end."""
+        longest = int(self._length.max())
+        new = self._tokens[:, :longest].clone()
+        new[torch.arange(longest, device=new.device) >= self._length[:, None]] = pad
+        return torch.cat([self._prompt, new], dim=1)
+
+    def _aligned(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        longest = int(lengths.max())
+        whole = torch.cat([self._prompt[rows], self._tokens[rows, :longest]], dim=1)
+        if bool((lengths == longest).all()):
+            return whole
+        # Row b moves right by what it lacks; what comes in from the left is a copy of its first token.
+        index = torch.arange(whole.shape[1], device=rows.device) - (longest - lengths)[:, None]
+        return whole.gather(1, index.clamp(min=0))

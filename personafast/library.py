@@ -1,0 +1,279 @@
+"""A library of personas: vectors, masks and policies for one model, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personafast._io import atomic_directory, read_json, read_safetensors, write_json, write_safetensors
+from personafast.density.lora import LoraPolicy
+from personafast.errors import FormatError, PersonafastError
+from personafast.masks.mask import PersonaMask
+from personafast.models.anatomy import Anatomy, ModelShape, linear_features
+from personafast.persona import Persona
+from personafast.vectors.vector import PersonaVector
+
+FORMAT_VERSION = 1
+_INDEX, _VECTORS, _MASKS, _POLICIES = "library.json", "vectors.safetensors", "masks.safetensors", "policies"
+_CONVENTION = "row b = added to the output of the 0-based block b"
+
+
+class PersonaLibrary:
+    """Named vectors, masks and policies for one model.
+
+    On disk it is a folder: `library.json` (what is inside, for which model), `vectors.safetensors`,
+    `masks.safetensors` (bit-packed), and one PEFT adapter folder a policy under `policies/`.
+
+    Args:
+        shape: the model the entries belong to; None until known, then every entry is checked against it.
+
+    Example:
+        >>> library = PersonaLibrary.from_pretrained("personas/")
+        >>> sorted(library.policies)
+        ['formal', 'warm']
+
+    """
+
+    def __init__(self, shape: ModelShape | None = None) -> None:
+        self.shape = shape
+        self._vectors: dict[str, PersonaVector] = {}
+        self._masks: dict[str, PersonaMask] = {}
+        self._policies: dict[str, LoraPolicy] = {}
+
+    @property
+    def vectors(self) -> Mapping[str, PersonaVector]:
+        """Persona vectors by name."""
+        return self._vectors
+
+    @property
+    def masks(self) -> Mapping[str, PersonaMask]:
+        """Persona masks by name."""
+        return self._masks
+
+    @property
+    def policies(self) -> Mapping[str, LoraPolicy]:
+        """LoRA policies by name."""
+        return self._policies
+
+    def __repr__(self) -> str:
+        def names(kind: Mapping[str, object]) -> str:
+            return ", ".join(sorted(kind)) or "none"
+
+        return (
+            f"PersonaLibrary(vectors: {names(self.vectors)}; masks: {names(self.masks)}; "
+            f"policies: {names(self.policies)})"
+        )
+
+    def add_vector(self, name: str, vector: PersonaVector | torch.Tensor, *, blocks: Sequence[int] = ()) -> None:
+        """Add a persona vector, or a float tensor [num_blocks, hidden] to make one of.
+
+        Raises:
+            PersonafastError: NaN, a wrong shape, or a hidden size other than the library's.
+
+        """
+        _check_name("vector", name)
+        if not isinstance(vector, PersonaVector):
+            try:
+                vector = PersonaVector(vector, blocks)
+            except PersonafastError as error:
+                raise PersonafastError(f"vectors[{name!r}]: {error}") from None
+        self._fit_vector(name, vector)
+        self._vectors[name] = vector
+
+    def add_mask(self, name: str, mask: PersonaMask) -> None:
+        """Add a persona mask."""
+        _check_name("mask", name)
+        self._masks[name] = mask
+
+    def add_policy(self, name: str, policy: LoraPolicy | str | Path) -> None:
+        """Add a LoRA policy, or the PEFT adapter folder to read it from.
+
+        Raises:
+            FormatError: the folder does not hold a plain LoRA adapter.
+            PersonafastError: a vocabulary other than the library's.
+
+        """
+        _check_name("policy", name)
+        if not isinstance(policy, LoraPolicy):
+            policy = LoraPolicy.from_pretrained(policy)
+        if self.shape and policy.vocab_size is not None and policy.vocab_size != self.shape.vocab_size:
+            raise PersonafastError(
+                f"policies[{name!r}]: trained with a vocabulary of {policy.vocab_size} tokens, the reference has "
+                f"{self.shape.vocab_size}; use a policy trained from this reference"
+            )
+        self._policies[name] = policy
+
+    def check(self, parts: Anatomy) -> None:
+        """Raise `PersonafastError`, naming the entry, unless everything here fits the model."""
+        if self.shape is not None:
+            for what, value in asdict(self.shape).items():
+                found = asdict(parts.shape)[what]
+                if value != found:
+                    raise PersonafastError(
+                        f"library: made for a model with {what} {value}, this one has {found}; "
+                        "attach it to the model it was made for"
+                    )
+        for name, vector in self._vectors.items():
+            _fit(name, vector, parts.shape)
+        for name, policy in self._policies.items():
+            policy.check(name, parts)
+        for name, mask in self._masks.items():
+            _fit_mask(name, mask, parts)
+
+    def check_persona(self, persona: Persona) -> None:
+        """Raise `PersonafastError` when the persona names something that is not in the library."""
+        for what, asked, known in (
+            ("vector", persona.vectors, self._vectors),
+            ("policy", persona.policies, self._policies),
+            ("mask", [persona.mask] if persona.mask else [], self._masks),
+        ):
+            for name in asked:
+                if name not in known:
+                    listing = ", ".join(sorted(known)) or "none"
+                    raise PersonafastError(f"persona: no {what} {name!r} in the library; there are: {listing}")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the library to a folder; the folder is replaced whole, or not at all."""
+        with atomic_directory(Path(folder)) as target:
+            write_json(target / _INDEX, self._index())
+            if self._vectors:
+                tensors = {name: vector.directions for name, vector in self._vectors.items()}
+                write_safetensors(target / _VECTORS, tensors, {"convention": _CONVENTION})
+            if self._masks:
+                words = {
+                    f"{name}::{path}": word for name, mask in self._masks.items() for path, word in mask.words.items()
+                }
+                write_safetensors(target / _MASKS, words, {"packing": "1 bit a weight along in, LSB first, 32 a word"})
+            for name, policy in self._policies.items():
+                policy.save_pretrained(target / _POLICIES / name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PersonaLibrary:
+        """Read a library folder.
+
+        Raises:
+            FormatError: a file is missing, truncated, a pickle, or does not hold what `library.json` says.
+
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FormatError(f"{folder}: no such folder; give the folder of a saved PersonaLibrary")
+        index = read_json(folder / _INDEX)
+        if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"{folder / _INDEX}: expected format_version {FORMAT_VERSION}; save the library again with this version"
+            )
+        shape = index.get("model")
+        library = cls(ModelShape(**shape) if shape else None)
+        library._read_vectors(folder, index.get("vectors") or {})
+        library._read_masks(folder, index.get("masks") or {})
+        for name, card in (index.get("policies") or {}).items():
+            policy = LoraPolicy.from_pretrained(folder / _POLICIES / name)
+            vocab = card.get("vocab_size") or policy.vocab_size
+            library.add_policy(name, LoraPolicy(policy.factors, policy.config, vocab))
+        return library
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the library as a model repository and return its address; `options` go to `HfApi.create_repo`."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        address = api.create_repo(repo_id, exist_ok=True, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "library")
+            api.upload_folder(repo_id=repo_id, folder_path=str(Path(folder) / "library"))
+        return str(address)
+
+    def _index(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": asdict(self.shape) if self.shape else None,
+            "vectors": {
+                name: {
+                    "blocks": list(vector.blocks),
+                    "norms": [round(norm, 4) for norm in vector.norms.tolist()],
+                    **vector.metadata,
+                }
+                for name, vector in sorted(self._vectors.items())
+            },
+            "masks": {
+                name: {"in_features": dict(sorted(mask.in_features.items())), **mask.metadata}
+                for name, mask in sorted(self._masks.items())
+            },
+            "policies": {
+                name: {"vocab_size": policy.vocab_size or (self.shape.vocab_size if self.shape else None)}
+                for name, policy in sorted(self._policies.items())
+            },
+        }
+
+    def _read_vectors(self, folder: Path, cards: Mapping[str, dict[str, Any]]) -> None:
+        if not cards:
+            return
+        tensors, _ = read_safetensors(folder / _VECTORS)
+        for name, card in cards.items():
+            if name not in tensors:
+                raise FormatError(f"{folder / _VECTORS}: lacks the vector {name!r} that {_INDEX} lists; save it again")
+            metadata = {key: value for key, value in card.items() if key not in ("blocks", "norms")}
+            try:
+                self.add_vector(name, PersonaVector(tensors[name], card.get("blocks") or (), metadata))
+            except PersonafastError as error:
+                raise FormatError(f"{folder / _VECTORS}: {name!r}: {error}") from None
+
+    def _read_masks(self, folder: Path, cards: Mapping[str, dict[str, Any]]) -> None:
+        if not cards:
+            return
+        tensors, _ = read_safetensors(folder / _MASKS)
+        for name, card in cards.items():
+            widths = card.get("in_features") or {}
+            keys = {path: f"{name}::{path}" for path in widths}
+            missing = [path for path, key in keys.items() if key not in tensors]
+            if missing or not keys:
+                what = missing[0] if missing else "every linear"
+                raise FormatError(f"{folder / _MASKS}: lacks the mask {name!r} of {what}; save the library again")
+            metadata = {key: value for key, value in card.items() if key != "in_features"}
+            try:
+                mask = PersonaMask({path: tensors[key] for path, key in keys.items()}, widths, metadata)
+            except PersonafastError as error:
+                raise FormatError(f"{folder / _MASKS}: {name!r}: {error}") from None
+            self.add_mask(name, mask)
+
+    def _fit_vector(self, name: str, vector: PersonaVector) -> None:
+        if self.shape is not None:
+            _fit(name, vector, self.shape)
+
+
+def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str) or not name or "/" in name or "::" in name or name.startswith("."):
+        raise PersonafastError(f"{what}: {name!r} is not a usable name; use letters, digits, '-' and '_'")
+
+
+def _fit(name: str, vector: PersonaVector, shape: ModelShape) -> None:
+    blocks, hidden = vector.directions.shape
+    if hidden != shape.hidden_size:
+        raise PersonafastError(
+            f"vectors[{name!r}]: hidden size {hidden}, the model has {shape.hidden_size}; "
+            "use a vector extracted from this model"
+        )
+    if blocks != shape.num_blocks:
+        raise PersonafastError(
+            f"vectors[{name!r}]: {blocks} rows, the model has {shape.num_blocks} blocks; give one row a block "
+            "(drop the embedding row of a persona_vectors file)"
+        )
+
+
+def _fit_mask(name: str, mask: PersonaMask, parts: Anatomy) -> None:
+    for path, words in mask.words.items():
+        if path not in parts.linears:
+            raise PersonafastError(f"masks[{name!r}]: masks {path!r}, which the model lacks; build it on this model")
+        found = linear_features(parts.linears[path])
+        if (words.shape[0], mask.in_features[path]) != found:
+            raise PersonafastError(
+                f"masks[{name!r}]: {path} is [{words.shape[0]}, {mask.in_features[path]}] there and {list(found)} in "
+                "the model; build it on this model"
+            )

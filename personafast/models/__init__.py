@@ -1,0 +1,1 @@
+"""The shape of Hugging Face decoders, and what is plugged into them."""
