@@ -62,15 +62,15 @@ class AnswerFile:
                 raise FormatError(f"{self.path}: not a file of answers; give --output another name")
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 
-    def missing(self, prompts: Iterable[str]) -> list[str]:
-        """The prompts without an answer, in order; a prompt given twice needs two."""
+    def missing(self, prompts: Iterable[str]) -> list[int]:
+        """The places of the prompts without an answer, in order; a prompt given twice needs two."""
         left = Counter(self.answered)
         todo = []
-        for prompt in prompts:
+        for place, prompt in enumerate(prompts):
             if left[prompt]:
                 left[prompt] -= 1
             else:
-                todo.append(prompt)
+                todo.append(place)
         return todo
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:

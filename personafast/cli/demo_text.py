@@ -36,8 +36,8 @@ def conditions(result: Mapping[str, Any]) -> str:
     """The settings every method shares."""
     settings = result["settings"]
     return (
-        f"{settings['replies']} replies a method, temperature {settings['temperature']:g}, min-p {settings['min_p']:g}, "
-        f"alpha {settings['alpha']:g}, seed {settings['seed']}; the mask is {settings['mask']}'s."
+        f"{settings['replies']} replies a method, temperature {settings['temperature']:g}, min-p {settings['min_p']:g}"
+        f", alpha {settings['alpha']:g}, seed {settings['seed']}; the mask is {settings['mask']}'s."
     )
 
 

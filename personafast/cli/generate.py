@@ -123,7 +123,7 @@ def generate(
         "seed": seed,
         "dtype": dtype,
     }
-    answers = None
+    answers, todo = None, list(range(len(prompts)))
     if output is not None:
         from personafast.cli.answers import AnswerFile
 
@@ -131,27 +131,28 @@ def generate(
         todo = answers.missing(prompts)
         if len(todo) < len(prompts):
             typer.echo(f"{output}: {len(prompts) - len(todo)} of {len(prompts)} prompts already answered", err=True)
-        prompts = todo
     named = PersonaLibrary.from_pretrained(library) if library is not None else None
 
     from personafast.cli.loading import load_model
+    from personafast.density.draws import row_seed
 
     network, tokenizer, own = load_model(model, dtype, device)
     sampling = {
         "sampler": sampler,
-        "seed": seed,
         "max_new_tokens": max_new_tokens,
         "do_sample": not greedy,
         "min_p": min_p,
         "top_k": 0,
         **({} if greedy else {"temperature": temperature}),
-        **({"stop_strings": stop} if stop else {}),
     }
     speaker = persona if any(parts.values()) else None
     with attach(network, named or own, tokenizer=tokenizer) as personas, progress_bar() as bar:
-        task = bar.add_task("answering", total=len(prompts), visible=not streaming)
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
+        task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(todo), visible=not streaming)
+        for first in range(0, len(todo), batch_size):
+            places = todo[first : first + batch_size]
+            # A row's draws follow from its place in the file, so that neither batch size nor a restart changes them.
+            sampling["seeds"] = [row_seed(seed, place) for place in places]
+            batch = [prompts[place] for place in places]
             records = _answer(network, tokenizer, personas, speaker, batch, system, sampling, settings, streaming)
             if answers is not None:
                 answers.append(records)
@@ -213,14 +214,19 @@ def _answer(
 ) -> list[dict[str, Any]]:
     """Answer one batch; a record a prompt."""
     inputs = _encode(tokenizer, prompts, system, network.device)
-    call = personas.generate
+    # transformers' generate keeps a streamer to itself and refuses stop strings, so both are bound to the callable.
+    bound: dict[str, Any] = {"stop_strings": settings["stop"] or None}
     if streaming:
         from transformers import TextStreamer
 
-        call = personas.bind(streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        bound["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     began = time.perf_counter()
     out = network.generate(
-        **inputs, custom_generate=call, personas=[speaker] * len(prompts), return_dict_in_generate=True, **sampling
+        **inputs,
+        custom_generate=personas.bind(**bound),
+        personas=[speaker] * len(prompts),
+        return_dict_in_generate=True,
+        **sampling,
     )
     seconds = time.perf_counter() - began
     replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -21,7 +21,7 @@ app = typer.Typer(
 
 @app.command(
     "info",
-    epilog="**Which traits can be blended?**\n\n`personafast zoo info`, and for a program `personafast zoo info --json`",
+    epilog="**Which traits can be blended?**\n\n`personafast zoo info`, for a program `personafast zoo info --json`",
 )
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False) -> None:
     """Show what the zoo holds: its model, its traits, and how they were trained."""

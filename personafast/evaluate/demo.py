@@ -1,7 +1,7 @@
 """One comparison for all methods: the same questions, sampling settings and number of replies for each.
 
-Nothing here knows the zoo: model, traits and the grammar check are handed in, so the same table can be had for any model
-whose traits have detectors.
+Nothing here knows the zoo: model, traits and the grammar check are handed in, so the same table can be had for any
+model whose traits have detectors.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def methods(
         Method("mask", Persona(mask=mask), "direct", f"one persona mask: {mask}"),
         Method("merge", Persona(policies=policies), "merge", "policies merged into one set of weights"),
         Method("linear", Persona(policies=policies, aggregator="linear"), "direct", "linear rule, token by token"),
-        Method(
-            "scr", Persona(policies=policies, aggregator="linear"), "scr", "linear rule, chunks accepted or refused"
-        ),
+        Method("scr", Persona(policies=policies, aggregator="linear"), "scr", "linear rule, chunk by chunk"),
         Method("direct", Persona(policies=policies), "direct", "geometric rule, token by token"),
     ]
 
@@ -123,17 +121,27 @@ def measure(
     All replies of a method are one batch. Everything but the timings is a function of the arguments.
 
     Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, with a chat template.
+        library: vectors, masks and policies named after the traits.
         chosen: names of at least two traits, each with a vector and a policy in the library.
         traits: detectors by name; holds at least the chosen ones.
         questions: one user message a reply.
         is_grammatical: judges fluency, independent of the traits.
+        alpha: weight of every density ratio.
+        coefficient: weight of every persona vector.
         mask: mask of the `mask` method; by default the first chosen trait that has one.
+        min_p: support mask, the same for every method.
+        temperature: of the target, the same for every method.
+        max_new_tokens: longest reply.
+        seed: of the draws, the same for every method.
         samples: the first replies of each method to keep, unselected.
         progress: called with each method's name before it runs.
 
     Returns:
-        {"chosen", "settings", "methods": [{"name", "traits": {name: {"rate", "low", "high"}}, "joint": {...}, "grammar",
-        "tokens_per_s", "forwards_per_token", "samples": [{"prompt", "reply", "spans": {trait: [[start, end]]}}]}]}.
+        {"chosen", "settings", "methods": [{"name", "traits": {name: {"rate", "low", "high"}}, "joint": {...},
+        "grammar", "tokens_per_s", "forwards_per_token", "samples": [{"prompt", "reply", "spans": {trait: [[start,
+        end]]}}]}]}.
         Rates are shares of replies with 95 % Wilson limits; `settings["direct_minus_merge"]` is the difference of the
         joint rates with Newcombe limits. A forward is one row of one model: blending N policies takes N + 1 a token.
 

@@ -1,0 +1,163 @@
+"""What `personafast doctor` runs: every operator against its reference, and the built-in model end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from personafast import ops
+
+Case = Callable[[torch.Generator, str], torch.Tensor]
+
+
+class Check(NamedTuple):
+    """One outcome; `detail` is the largest error, or what went wrong."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def _normal(generator: torch.Generator, device: str, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _slots(device: str) -> torch.Tensor:
+    return torch.tensor([0, -1, 2, 1, 2], dtype=torch.int32, device=device)
+
+
+def _bits(generator: torch.Generator, device: str, *shape: int) -> torch.Tensor:
+    return (torch.rand(shape, generator=generator) < 0.5).to(device)
+
+
+def _rules(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([0, 1], dtype=torch.int32, device=device), torch.zeros(2, device=device)
+
+
+def _inject(generator: torch.Generator, device: str) -> torch.Tensor:
+    hidden = _normal(generator, device, 5, 37)
+    ops.inject_(hidden, _normal(generator, device, 3, 37), _slots(device), _normal(generator, device, 5))
+    return hidden
+
+
+def _masked_linear(generator: torch.Generator, device: str) -> torch.Tensor:
+    masks = torch.stack([ops.pack_mask(_bits(generator, device, 11, 70)) for _ in range(3)])
+    x, weight = _normal(generator, device, 5, 70), _normal(generator, device, 11, 70)
+    return ops.masked_linear(x, weight, masks, _slots(device), torch.tensor([0.0, 0.5, 0.0], device=device))
+
+
+def _pack_mask(generator: torch.Generator, device: str) -> torch.Tensor:
+    return ops.pack_mask(_bits(generator, device, 3, 70))
+
+
+def _unpack_mask(generator: torch.Generator, device: str) -> torch.Tensor:
+    return ops.unpack_mask(ops.pack_mask(_bits(generator, device, 3, 70)), 70)
+
+
+def _lora_delta(generator: torch.Generator, device: str) -> torch.Tensor:
+    out, x = _normal(generator, device, 5, 11), _normal(generator, device, 5, 37)
+    down, up = _normal(generator, device, 3, 4, 37), _normal(generator, device, 3, 11, 4)
+    ranks = torch.tensor([4, 2, 3], dtype=torch.int32, device=device)
+    ops.lora_delta_(out, x, down, up, _slots(device), _normal(generator, device, 3), ranks)
+    return out
+
+
+def _token_logprobs(generator: torch.Generator, device: str) -> torch.Tensor:
+    tokens = torch.tensor([0, 40, 7, 7, 12], device=device)
+    return ops.token_logprobs(_normal(generator, device, 5, 37), _normal(generator, device, 41, 37), tokens)
+
+
+def _chunk_scores(generator: torch.Generator, device: str) -> torch.Tensor:
+    reference, policies = -_normal(generator, device, 2, 4).abs(), -_normal(generator, device, 3, 2, 4).abs()
+    return ops.chunk_scores(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device))
+
+
+def _chunk_accept(generator: torch.Generator, device: str) -> torch.Tensor:
+    scores, bound, draws = (_normal(generator, device, 2, 4) for _ in range(3))
+    return ops.chunk_accept(scores, bound, -draws.abs(), torch.tensor([4, 2], dtype=torch.int32, device=device))
+
+
+def _aggregate_logits(generator: torch.Generator, device: str) -> torch.Tensor:
+    reference, policies = _normal(generator, device, 2, 41), _normal(generator, device, 3, 2, 41)
+    min_p = torch.tensor([0.0, 0.05], device=device)
+    return ops.aggregate_logits(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device), min_p)
+
+
+CASES: dict[str, Case] = {
+    "inject_": _inject,
+    "masked_linear": _masked_linear,
+    "pack_mask": _pack_mask,
+    "unpack_mask": _unpack_mask,
+    "lora_delta_": _lora_delta,
+    "token_logprobs": _token_logprobs,
+    "chunk_scores": _chunk_scores,
+    "chunk_accept": _chunk_accept,
+    "aggregate_logits": _aggregate_logits,
+}
+
+
+def check_operator(op: str, device: str, tolerance: float = 1e-4) -> Check:
+    """Run `op` on one small random input by the chosen backend and by the reference, and compare."""
+    name = f"{op} on {device}"
+    try:
+        found = CASES[op](torch.Generator().manual_seed(0), device)
+        with ops.use_backend("reference"):
+            expected = CASES[op](torch.Generator().manual_seed(0), device)
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+    found, expected = found.double(), expected.double()
+    # A support mask writes -inf: those places must agree exactly, and their difference is no number.
+    same = found.isfinite() == expected.isfinite()
+    if found.shape != expected.shape or not bool(same.all()):
+        return Check(name, False, "another shape or other infinities than the reference")
+    finite = expected.isfinite()
+    largest = float((found - expected)[finite].abs().max()) if bool(finite.any()) else 0.0
+    return Check(name, largest <= tolerance, f"largest error {largest:.1e}")
+
+
+def check_zoo() -> Check:
+    """Blend two policies in one row, leave the next row plain, detach: plain rows must equal the unpatched model's."""
+    name = "built-in model, two policies and a plain row"
+    try:
+        from personafast import zoo
+        from personafast.handle import attach
+        from personafast.persona import Persona
+
+        model, tokenizer, library = zoo.load()
+        batch = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": question}] for question in zoo.prompts(1, 0) * 2],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        settings = {"do_sample": False, "max_new_tokens": 32}
+
+        def texts(**more: Any) -> list[str]:
+            sequences = model.generate(**inputs, **settings, **more)
+            return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+        before = texts()
+        blend = Persona(policies=dict.fromkeys(zoo.DEMO_TRAITS[:2], 1.0))
+        with attach(model, library, tokenizer=tokenizer) as personas:
+            during = texts(custom_generate=personas.generate, personas=[blend, None])
+        after = texts()
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+    if before != after:
+        return Check(name, False, "the model differs after detach")
+    if during[1] != before[1]:
+        return Check(name, False, "a row without persona differs from the unpatched model")
+    if during[0] == before[0]:
+        return Check(name, False, "the personas changed nothing")
+    return Check(name, True, "blended, restored, and the plain row untouched")
+
+
+def checks(devices: list[str]) -> Iterator[Check]:
+    """Every check, one after another."""
+    for device in devices:
+        for op in CASES:
+            yield check_operator(op, device)
+    yield check_zoo()
