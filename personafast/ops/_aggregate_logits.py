@@ -121,7 +121,7 @@ def _without_infinity(logp: torch.Tensor) -> torch.Tensor:
 
 
 def _mixture(logp: torch.Tensor, weight: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
-    """Mixture log sum_i m_i pi_i with m_i proportional to weight_i exp(carried_i); -inf everywhere if every m_i is 0."""
+    """Log of sum_i m_i pi_i, m_i proportional to weight_i exp(carried_i); -inf everywhere if every m_i is 0."""
     log_mix = weight.log()
     if carried is not None:
         log_mix = torch.where(weight == 0, -math.inf, log_mix + carried.float().T)

@@ -1,0 +1,91 @@
+// personafast._C: marshals addresses and sizes from Python to the kernels. It knows nothing of torch; the caller has
+// checked every shape.
+
+#include <pybind11/pybind11.h>
+
+#include "personafast/inject.h"
+#include "personafast/isa.h"
+#include "personafast/masked_linear.h"
+
+namespace py = pybind11;
+using namespace personafast;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
+               int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
+               int threads) {
+  const InjectArgs args = {at<void>(hidden),
+                           hidden_stride,
+                           static_cast<Dtype>(hidden_dtype),
+                           at<const void>(bank),
+                           bank_stride,
+                           static_cast<Dtype>(bank_dtype),
+                           at<const int32_t>(slots),
+                           at<const float>(scale),
+                           rows,
+                           width,
+                           bank_rows};
+  py::gil_scoped_release released;
+  return inject_cpu(args, threads);
+}
+
+int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
+                      uintptr_t masks, uintptr_t slots, uintptr_t gamma, uintptr_t bias, int64_t rows, int64_t outputs,
+                      int64_t features, int64_t personas, int dtype, int threads) {
+  const MaskedLinearArgs args = {at<void>(out),
+                                 at<const void>(x),
+                                 x_stride,
+                                 at<const void>(weight),
+                                 weight_stride,
+                                 at<const int32_t>(masks),
+                                 at<const int32_t>(slots),
+                                 at<const float>(gamma),
+                                 at<const void>(bias),
+                                 rows,
+                                 outputs,
+                                 features,
+                                 personas,
+                                 static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return masked_linear_cpu(args, threads);
+}
+
+py::dict build_info() {
+  py::list compiled;
+  py::list supported;
+  for (int i = 0; i < kIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (isa_compiled(isa)) compiled.append(isa_name(isa));
+    if (isa_compiled(isa) && isa_supported(isa)) supported.append(isa_name(isa));
+  }
+  py::dict info;
+  info["version"] = PERSONAFAST_VERSION;
+  info["compiler"] = PERSONAFAST_COMPILER;
+  info["isas_compiled"] = compiled;
+  info["isas_supported"] = supported;
+  info["isa"] = isa_name(isa_chosen());
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "personafast's C++ kernels, by address: use personafast.ops";
+  module.def(
+      "build_info", &build_info,
+      "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
+  module.def("inject_", &inject, "personafast/inject.h");
+  module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
+}

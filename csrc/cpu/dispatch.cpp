@@ -1,0 +1,122 @@
+// Chooses the instruction set once, checks the slots, and splits the work over threads.
+
+#include <stdlib.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "personafast/isa.h"
+
+namespace personafast {
+namespace {
+
+// Below this many multiply-adds, or bytes moved, a second thread costs more to wake than it saves.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+#ifdef PERSONAFAST_X86
+constexpr bool kX86 = true;
+#else
+constexpr bool kX86 = false;
+#endif
+
+Isa choose() {
+  const char* forced = getenv("PERSONAFAST_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') {
+    for (int i = kIsas - 1; i > 0; --i) {
+      const Isa isa = static_cast<Isa>(i);
+      if (isa_compiled(isa) && isa_supported(isa)) return isa;
+    }
+    return Isa::scalar;
+  }
+  for (int i = 0; i < kIsas; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (std::string(forced) != isa_name(isa)) continue;
+    const std::string asked = std::string("PERSONAFAST_CPU_ISA=") + forced;
+    if (!isa_compiled(isa)) throw std::runtime_error(asked + ": this build has no such kernels");
+    if (!isa_supported(isa)) throw std::runtime_error(asked + ": this machine cannot run it");
+    return isa;
+  }
+  throw std::runtime_error(std::string("PERSONAFAST_CPU_ISA=") + forced + ": choose scalar, avx2 or avx512");
+}
+
+int64_t first_wrong_slot(const int32_t* slots, int64_t rows, int64_t count) {
+  for (int64_t t = 0; t < rows; ++t) {
+    if (slots[t] < -1 || slots[t] >= count) return t;
+  }
+  return -1;
+}
+
+// Calls run(begin, end) on equal parts of [0, count), one a thread.
+template <class Run>
+void split(int64_t count, int64_t work, int threads, Run run) {
+  int64_t parts = work / kWorkPerThread;
+  if (parts > threads) parts = threads;
+  if (parts > count) parts = count;
+  if (parts <= 1) return run(static_cast<int64_t>(0), count);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+#endif
+  for (int64_t part = 0; part < parts; ++part) run(count * part / parts, count * (part + 1) / parts);
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  static const char* const names[kIsas] = {"scalar", "avx2", "avx512"};
+  return names[static_cast<int>(isa)];
+}
+
+bool isa_compiled(Isa isa) { return kX86 || isa == Isa::scalar; }
+
+bool isa_supported(Isa isa) {
+#ifdef PERSONAFAST_X86
+  switch (isa) {
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return isa == Isa::scalar;
+}
+
+Isa isa_chosen() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+int64_t inject_cpu(const InjectArgs& args, int threads) {
+  const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.bank_rows);
+  if (wrong >= 0) return wrong;
+  const Isa isa = isa_chosen();
+  split(args.rows, args.rows * args.width, threads, [&](int64_t begin, int64_t end) {
+#ifdef PERSONAFAST_X86
+    if (isa == Isa::avx512) return avx512::inject_rows(args, begin, end);
+    if (isa == Isa::avx2) return avx2::inject_rows(args, begin, end);
+#endif
+    scalar::inject_rows(args, begin, end);
+  });
+  return -1;
+}
+
+int64_t masked_linear_cpu(const MaskedLinearArgs& args, int threads) {
+  const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.personas);
+  if (wrong >= 0) return wrong;
+  if (args.rows == 0) return -1;
+  const Isa isa = isa_chosen();
+  split(args.outputs, args.rows * args.outputs * args.features, threads, [&](int64_t begin, int64_t end) {
+#ifdef PERSONAFAST_X86
+    if (isa == Isa::avx512) return avx512::masked_linear_outputs(args, begin, end);
+    if (isa == Isa::avx2) return avx2::masked_linear_outputs(args, begin, end);
+#endif
+    scalar::masked_linear_outputs(args, begin, end);
+  });
+  return -1;
+}
+
+}  // namespace personafast

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <stdint.h>
+
+#include "personafast/inject.h"
+#include "personafast/masked_linear.h"
+
+// One namespace an instruction set. These are the only names that cross from an ISA unit to the dispatch, and no inline
+// function may: the linker keeps one copy of an inline function, perhaps the one the machine cannot run.
+#define PERSONAFAST_DECLARE_KERNELS(isa)                                                \
+  namespace personafast::isa {                                                          \
+  void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                 \
+  void masked_linear_outputs(const MaskedLinearArgs& args, int64_t begin, int64_t end); \
+  }
+
+PERSONAFAST_DECLARE_KERNELS(scalar)
+PERSONAFAST_DECLARE_KERNELS(avx2)
+PERSONAFAST_DECLARE_KERNELS(avx512)
+
+#undef PERSONAFAST_DECLARE_KERNELS
