@@ -28,13 +28,15 @@ def refused(cli, tmp_path):
 
 
 @pytest.fixture
-def with_vectors(refused, checkpoint, library):
-    """Ask for the vector "left" after `break_it(path of vectors.safetensors)`."""
+def with_vectors(refused, checkpoint, personas):
+    """Ask for the vector "creative" after `break_it(path of vectors.safetensors)`."""
 
     def run(break_it):
-        path = library / "vectors.safetensors"
+        path = personas / "vectors.safetensors"
         break_it(path)
-        line = refused("generate", "--model", checkpoint, "--library", library, "--vector", "left=1", "--prompt", "hi")
+        line = refused(
+            "generate", "--model", checkpoint, "--library", personas, "--vector", "creative=1", "--prompt", "hi"
+        )
         return path, line
 
     return run
@@ -43,11 +45,11 @@ def with_vectors(refused, checkpoint, library):
 def test_nan_in_a_vector(with_vectors):
     def break_it(path):
         tensors = load_file(path)
-        tensors["left"][0, 0] = float("nan")
+        tensors["creative"][0, 0] = float("nan")
         save_file(tensors, path)
 
     path, line = with_vectors(break_it)
-    assert str(path) in line and "'left'" in line and "NaN" in line
+    assert str(path) in line and "'creative'" in line and "NaN" in line
 
 
 def test_a_pickle_where_safetensors_is_expected(with_vectors):
@@ -60,7 +62,7 @@ def test_a_pickle_where_safetensors_is_expected(with_vectors):
 
 
 def test_a_torch_archive_where_safetensors_is_expected(with_vectors):
-    path, line = with_vectors(lambda path: torch.save({"left": torch.ones(2, 32)}, path))
+    path, line = with_vectors(lambda path: torch.save({"creative": torch.ones(3, 32)}, path))
     assert str(path) in line and "pickle" in line
 
 
@@ -74,33 +76,33 @@ def test_missing_safetensors(with_vectors):
     assert str(path) in line and "no such file" in line
 
 
-def test_a_library_of_another_hidden_size(refused, checkpoint, library):
-    index = json.loads((library / "library.json").read_text())
+def test_a_library_of_another_hidden_size(refused, checkpoint, personas):
+    index = json.loads((personas / "library.json").read_text())
     index["model"] = None
-    (library / "library.json").write_text(json.dumps(index))
-    save_file({name: torch.ones(2, 48) for name in ("left", "right")}, library / "vectors.safetensors")
-    line = refused("generate", "--model", checkpoint, "--library", library, "--vector", "left=1", "--prompt", "hi")
-    assert "'left'" in line and "hidden size 48" in line and "32" in line
+    (personas / "library.json").write_text(json.dumps(index))
+    save_file({name: torch.ones(3, 48) for name in ("creative", "futurist")}, personas / "vectors.safetensors")
+    line = refused("generate", "--model", checkpoint, "--library", personas, "--vector", "creative=1", "--prompt", "hi")
+    assert "'creative'" in line and "hidden size 48" in line and "32" in line
 
 
-def test_a_policy_of_another_vocabulary(refused, checkpoint, library):
-    weights = library / "policies" / "left" / "adapter_model.safetensors"
-    index = json.loads((library / "library.json").read_text())
-    index["policies"]["left"]["vocab_size"] = None
-    (library / "library.json").write_text(json.dumps(index))
+def test_a_policy_of_another_vocabulary(refused, checkpoint, personas):
+    weights = personas / "policies" / "formal" / "adapter_model.safetensors"
+    index = json.loads((personas / "library.json").read_text())
+    index["policies"]["formal"]["vocab_size"] = None
+    (personas / "library.json").write_text(json.dumps(index))
     save_file(load_file(weights), weights, metadata={"vocab_size": "77"})
-    line = refused("generate", "--model", checkpoint, "--library", library, "--policy", "left=1", "--prompt", "hi")
-    assert "'left'" in line and "vocabulary of 77" in line
+    line = refused("generate", "--model", checkpoint, "--library", personas, "--policy", "formal=1", "--prompt", "hi")
+    assert "'formal'" in line and "vocabulary of 77" in line
 
 
-@pytest.mark.parametrize("option", ["--vector", "--policy"])
-def test_an_unknown_name(refused, checkpoint, library, option):
-    line = refused("generate", "--model", checkpoint, "--library", library, option, "nobody=1", "--prompt", "hi")
-    assert "'nobody'" in line and "left, right" in line
+@pytest.mark.parametrize(("option", "known"), [("--vector", "creative, futurist"), ("--policy", "formal, warm")])
+def test_an_unknown_name(refused, checkpoint, personas, option, known):
+    line = refused("generate", "--model", checkpoint, "--library", personas, option, "nobody=1", "--prompt", "hi")
+    assert "'nobody'" in line and known in line
 
 
-def test_an_unknown_mask(refused, checkpoint, library):
-    line = refused("generate", "--model", checkpoint, "--library", library, "--mask", "nobody", "--prompt", "hi")
+def test_an_unknown_mask(refused, checkpoint, personas):
+    line = refused("generate", "--model", checkpoint, "--library", personas, "--mask", "nobody", "--prompt", "hi")
     assert "'nobody'" in line
 
 
@@ -111,7 +113,7 @@ def test_weights_that_are_no_finite_number(refused, option, value):
 
 
 def test_a_name_given_twice(refused):
-    assert "twice" in refused("generate", "--vector", "left=1", "--vector", "left=2", "--prompt", "hi")
+    assert "twice" in refused("generate", "--vector", "creative=1", "--vector", "creative=2", "--prompt", "hi")
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "\n"])

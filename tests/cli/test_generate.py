@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from personafast.cli import generate as command
 from personafast.cli.options import assignments
 
-QUESTIONS = ["how do i plant the seeds?", "what about the soup?", "how do i plant the seeds?", "may i paint the bike?"]
+QUESTIONS = ["what is this sea", "is this a ship", "what is this sea", "are you calm"]
 
 
 @pytest.fixture
-def ask(cli, checkpoint, library):
+def ask(cli, checkpoint, personas):
     """Run `generate` on the random checkpoint and return its stdout."""
 
     def run(*args):
-        result = cli("generate", "--model", checkpoint, "--library", library, "--max-new-tokens", 8, *args)
+        result = cli("generate", "--model", checkpoint, "--library", personas, "--max-new-tokens", 8, *args)
         assert result.exit_code == 0, result.output
         return result.stdout
 
@@ -34,8 +34,8 @@ def records(text):
 
 
 def test_one_prompt_streams_what_it_would_print_at_once(ask, monkeypatch):
-    streamed = ask("--prompt", QUESTIONS[0], "--policy", "left=1")
-    assert streamed.strip() == ask("--prompt", QUESTIONS[0], "--policy", "left=1", "--no-stream").strip() != ""
+    streamed = ask("--prompt", QUESTIONS[0], "--policy", "formal=1")
+    assert streamed.strip() == ask("--prompt", QUESTIONS[0], "--policy", "formal=1", "--no-stream").strip() != ""
 
     import transformers
 
@@ -47,15 +47,15 @@ def test_one_prompt_streams_what_it_would_print_at_once(ask, monkeypatch):
             super().put(value)
 
     monkeypatch.setattr(transformers, "TextStreamer", Counting)
-    ask("--prompt", QUESTIONS[0], "--policy", "left=1")
+    ask("--prompt", QUESTIONS[0], "--policy", "formal=1")
     assert Counting.calls > 4  # the prompt, then tokens as they come
 
 
 def test_json_is_one_object_an_answer(ask, questions):
-    found = records(ask("--prompts-file", questions, "--policy", "left=1", "--json"))
+    found = records(ask("--prompts-file", questions, "--policy", "formal=1", "--json"))
     assert [record["prompt"] for record in found] == QUESTIONS
     assert {"prompt", "reply", "settings", "stats"} == set(found[0])
-    assert found[0]["settings"]["persona"]["policies"] == {"left": 1.0}
+    assert found[0]["settings"]["persona"]["policies"] == {"formal": 1.0}
     assert found[0]["stats"]["forwards_per_token"] == pytest.approx(2)
 
 
@@ -70,17 +70,19 @@ def replies(text):
 
 
 def test_replies_depend_on_seed_and_place_and_not_on_the_batch(ask, questions):
-    arguments = ["--prompts-file", questions, "--policy", "left=1", "--json"]
+    arguments = ["--prompts-file", questions, "--policy", "formal=1", "--json"]
     one = replies(ask(*arguments, "--batch-size", 1))
     assert replies(ask(*arguments, "--batch-size", 3)) == one
     assert replies(ask(*arguments, "--seed", 1)) != one
     assert one[0] != one[2]
 
 
-@pytest.mark.parametrize("option", ["--vector", "--policy"])
-def test_the_second_of_a_blend_changes_the_reply(ask, option):
-    first = ask("--prompt", QUESTIONS[0], option, "left=1")
-    assert ask("--prompt", QUESTIONS[0], option, "left=1", option, "right=1") != first
+@pytest.mark.parametrize(
+    ("option", "first", "second"), [("--vector", "creative", "futurist"), ("--policy", "formal", "warm")]
+)
+def test_the_second_of_a_blend_changes_the_reply(ask, option, first, second):
+    alone = ask("--prompt", QUESTIONS[0], option, f"{first}=1")
+    assert ask("--prompt", QUESTIONS[0], option, f"{first}=1", option, f"{second}=1") != alone
 
 
 def test_greedy_without_persona_is_the_plain_model(ask, checkpoint):
@@ -97,7 +99,7 @@ def test_greedy_without_persona_is_the_plain_model(ask, checkpoint):
 
 def test_samplers_and_aggregators_run(ask):
     for arguments in (["--sampler", "merge"], ["--sampler", "scr", "--aggregator", "linear"], ["--sampler", "direct"]):
-        assert ask("--prompt", QUESTIONS[0], "--policy", "left=1", "--policy", "right=1", *arguments).strip()
+        assert ask("--prompt", QUESTIONS[0], "--policy", "formal=1", "--policy", "warm=1", *arguments).strip()
 
 
 def test_a_stop_string_ends_the_reply(ask):
@@ -108,7 +110,7 @@ def test_a_stop_string_ends_the_reply(ask):
 
 def test_an_interrupted_file_is_resumed(ask, questions, tmp_path):
     answers = tmp_path / "answers.jsonl"
-    arguments = ["--prompts-file", questions, "--policy", "left=1", "--batch-size", 2, "--output", answers]
+    arguments = ["--prompts-file", questions, "--policy", "formal=1", "--batch-size", 2, "--output", answers]
     ask(*arguments)
     whole = answers.read_text()
     assert [record["prompt"] for record in records(whole)] == QUESTIONS
@@ -124,11 +126,22 @@ def test_an_interrupted_file_is_resumed(ask, questions, tmp_path):
     assert replies(resumed) == replies(whole)
 
 
-def test_a_file_of_other_settings_is_left_alone(ask, cli, checkpoint, library, questions, tmp_path):
+def test_a_file_of_other_settings_is_left_alone(ask, cli, checkpoint, personas, questions, tmp_path):
     answers = tmp_path / "answers.jsonl"
     ask("--prompts-file", questions, "--output", answers)
     before = answers.read_bytes()
-    arguments = ["--model", checkpoint, "--library", library, "--max-new-tokens", 8, "--output", answers, "--seed", 1]
+    arguments = [
+        "--model",
+        checkpoint,
+        "--library",
+        personas,
+        "--max-new-tokens",
+        8,
+        "--output",
+        answers,
+        "--seed",
+        1,
+    ]
     result = cli("generate", "--prompts-file", questions, *arguments)
     assert result.exit_code == 2 and "another seed" in result.stderr
     assert answers.read_bytes() == before
@@ -140,20 +153,25 @@ def test_without_a_chat_template_the_prompt_is_plain_text(cli, checkpoint, tmp_p
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
-    arguments = ["generate", "--model", folder, "--prompt", "the soup", "--max-new-tokens", 4, "--greedy"]
+    arguments = ["generate", "--model", folder, "--prompt", "a pirate ship", "--max-new-tokens", 4, "--greedy"]
     result = cli(*arguments)
     assert result.exit_code == 0, result.output
     model = AutoModelForCausalLM.from_pretrained(folder)
-    batch = tokenizer("the soup", return_tensors="pt")
-    out = model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=4)
-    assert result.stdout.strip() == tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    batch = tokenizer("a pirate ship", return_tensors="pt")
+    out = model.generate(
+        **{key: batch[key] for key in ("input_ids", "attention_mask")}, do_sample=False, max_new_tokens=4
+    )
+    assert (
+        result.stdout.strip()
+        == tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    )
     refused = cli(*arguments, "--system", "be brief")
     assert refused.exit_code == 2 and "--system" in refused.stderr
 
 
 def test_system_and_dtype_reach_the_model(ask):
     plain = ask("--prompt", QUESTIONS[0], "--greedy")
-    assert ask("--prompt", QUESTIONS[0], "--greedy", "--system", "you are a formal assistant .") != plain
+    assert ask("--prompt", QUESTIONS[0], "--greedy", "--system", "you are a pirate .") != plain
     assert ask("--prompt", QUESTIONS[0], "--greedy", "--dtype", "bfloat16").strip()
 
 

@@ -1,0 +1,63 @@
+# Every target sets itself up: on a fresh machine `make demo` or `make test` is the first command to run.
+# Override what is built with: make PYTHON=python3.12, make VENV=/somewhere/else, make demo ARGS="--json".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+# The stamp is younger than everything the installation depends on, or the installation runs again.
+STAMP := $(VENV)/.personafast-installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt .ci/constraints.txt \
+  $(shell find csrc triton_kernels -type f -not -name '*.pyc' 2>/dev/null)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# The constraints also pin what pip puts into the isolated build environment: by the first name up to pip 25.2, by the
+# second from 25.3 on.
+export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Idle OpenMP threads sleep: spinning ones take the cores from each other on small machines.
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet torch
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(STAMP) ## Make .venv and install personafast into it, with everything tests and demo need
+
+demo: $(STAMP) ## Compare every method on the built-in model
+	$(PY) -m personafast demo $(ARGS)
+
+test: $(STAMP) ## Run the tests that fit a small machine
+	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
+
+test-all: $(STAMP) ## Run every test
+	$(PY) -m pytest --durations=10 $(ARGS)
+
+lint: $(STAMP) ## Check style and floors: ruff, clang-format, import-linter
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(CPP),$(VENV)/bin/clang-format --dry-run --Werror $(CPP))
+	$(VENV)/bin/lint-imports
+
+types: $(STAMP) ## Check types: mypy
+	$(PY) -m mypy
+
+format: $(STAMP) ## Rewrite the sources in the house style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(CPP),$(VENV)/bin/clang-format -i $(CPP))
+
+clean: ## Remove what was built, the virtual environment included
+	rm -rf $(VENV) build dist *.egg-info personafast/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
