@@ -6,6 +6,7 @@
 #include "personafast/inject.h"
 #include "personafast/isa.h"
 #include "personafast/masked_linear.h"
+#include "personafast/philox.h"
 
 namespace py = pybind11;
 using namespace personafast;
@@ -56,6 +57,10 @@ int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t we
   return masked_linear_cpu(args, threads);
 }
 
+void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
+  philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
+}
+
 py::dict build_info() {
   py::list compiled;
   py::list supported;
@@ -88,4 +93,5 @@ PYBIND11_MODULE(_C, module) {
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
   module.def("inject_", &inject, "personafast/inject.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
+  module.def("philox_uniform", &uniform, "personafast/philox.h");
 }

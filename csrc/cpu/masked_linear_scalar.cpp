@@ -13,7 +13,20 @@ float pairwise(float* sums) {
   return sums[0];
 }
 
-template <Dtype D>
+// Features i to i + count - 1: bit j of bits keeps weight i + j. Masking is by AND, so that the compiler can vectorise
+// the full words, where count is the constant 32.
+template <Dtype D, bool Soft>
+void word(const void* weight, const void* x, uint32_t bits, int64_t i, int count, float* kept, float* dropped) {
+  for (int j = 0; j < count; ++j) {
+    const uint32_t keep = 0u - ((bits >> j) & 1u);
+    const uint32_t wj = float_to_bits(load<D>(weight, i + j));
+    const float xj = load<D>(x, i + j);
+    kept[j] += bits_to_float(wj & keep) * xj;
+    if constexpr (Soft) dropped[j] += bits_to_float(wj & ~keep) * xj;
+  }
+}
+
+template <Dtype D, bool Soft>
 void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = D == Dtype::f32 ? 4 : 2;
   const int64_t words = (a.features + 31) / 32;
@@ -28,17 +41,16 @@ void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
       for (int64_t w = 0; w < words; ++w) {
         const uint32_t bits = mask ? static_cast<uint32_t>(mask[w]) : 0xffffffffu;
         const int64_t left = a.features - 32 * w;
-        const int count = left < 32 ? static_cast<int>(left) : 32;
-        for (int j = 0; j < count; ++j) {
-          const float wj = load<D>(weight, 32 * w + j);
-          const float xj = load<D>(x, 32 * w + j);
-          const bool keep = (bits >> j) & 1u;
-          kept[j] += (keep ? wj : 0.0f) * xj;
-          if (a.gamma) dropped[j] += (keep ? 0.0f : wj) * xj;
+        if (left >= 32) {
+          word<D, Soft>(weight, x, bits, 32 * w, 32, kept, dropped);
+        } else {
+          word<D, Soft>(weight, x, bits, 32 * w, static_cast<int>(left), kept, dropped);
         }
       }
       float y = pairwise(kept);
-      if (a.gamma && slot >= 0) y += a.gamma[slot] * pairwise(dropped);
+      if constexpr (Soft) {
+        if (slot >= 0) y += a.gamma[slot] * pairwise(dropped);
+      }
       if (a.bias) y += load<D>(a.bias, o);
       store<D>(a.out, t * a.outputs + o, y);
     }
@@ -50,11 +62,11 @@ void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
 void masked_linear_outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
-      return outputs<Dtype::f32>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f32, true>(a, begin, end) : outputs<Dtype::f32, false>(a, begin, end);
     case Dtype::bf16:
-      return outputs<Dtype::bf16>(a, begin, end);
+      return a.gamma ? outputs<Dtype::bf16, true>(a, begin, end) : outputs<Dtype::bf16, false>(a, begin, end);
     case Dtype::f16:
-      return outputs<Dtype::f16>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f16, true>(a, begin, end) : outputs<Dtype::f16, false>(a, begin, end);
   }
 }
 

@@ -34,7 +34,13 @@ def _load(backend: str) -> ModuleType | str:
         try:
             if backend == "triton" and importlib.util.find_spec("triton") is None:
                 raise ImportError("No module named 'triton'")
-            _modules[backend] = importlib.import_module(name)
+            loaded = importlib.import_module(name)
+            if backend == "cpu":
+                loaded.build_info()
+            _modules[backend] = loaded
+        except RuntimeError as error:
+            # An instruction set that was asked for by name: no automatic choice may pass over that either.
+            raise BackendError(str(error)) from None
         except ImportError as error:
             _modules[backend] = f"{name} cannot be imported ({error}); {mend}"
     return _modules[backend]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from personafast.ops import _backend
 from personafast.ops._library import check_dtype, check_shape, fail
 
 _MASK = 0xFFFFFFFF
@@ -64,6 +65,18 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 
         fail("uniform", f"`stream` is {stream}, expected 0 to 2**32 - 1")
     if n < 0:
         fail("uniform", f"`n` is {n}, expected 0 or more")
+    if seeds.device.type == "cpu" and _backend.forced() != "reference" and _backend.available("cpu")[0]:
+        out = torch.empty((seeds.shape[0], n), dtype=torch.float64)
+        seeds, positions = seeds.contiguous(), positions.contiguous()
+        _backend.module("cpu").philox_uniform(
+            out.data_ptr(), seeds.data_ptr(), positions.data_ptr(), stream, seeds.shape[0], n
+        )
+        return out
+    return reference(seeds, positions, stream, n)
+
+
+def reference(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 1) -> torch.Tensor:
+    """The specification of `uniform` in plain torch, for every device."""
     blocks = (n + 1) // 2
     counter = seeds.new_empty((4, seeds.shape[0], blocks))
     counter[0] = (positions & _MASK)[:, None]
