@@ -75,10 +75,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors atomically, sorted by name, so that equal contents give equal bytes."""
+    """Write tensors atomically, sorted by name.
+
+    Equal contents give equal bytes as long as there is one metadata entry: safetensors orders several at random.
+    """
     ordered = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
     with atomic_path(path) as temporary:
-        save_file(ordered, temporary, metadata=dict(sorted(metadata.items())))
+        save_file(ordered, temporary, metadata=dict(metadata))
 
 
 @contextlib.contextmanager

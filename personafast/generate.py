@@ -19,8 +19,6 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
 )
 
 from personafast.density.direct import Process, sample_direct
@@ -154,14 +152,28 @@ def decode(
     return output
 
 
-def stop_criteria(given: StoppingCriteriaList | None, stop_strings: Any, tokenizer: Any) -> list[Callable[..., Any]]:
-    """The caller's criteria, and one for stop strings: transformers cannot build it for a custom generate."""
-    found = list(given or ())
-    if stop_strings:
-        if tokenizer is None:
-            raise PersonafastError("stop_strings: these need the tokenizer; pass tokenizer= to personafast.attach")
-        found.append(StopStringCriteria(tokenizer, stop_strings))
-    return found
+class StopStrings:
+    """Ends a row whose last token completes one of the strings.
+
+    transformers' `StopStringCriteria` tabulates the vocabulary first, which takes seconds for large ones and fails for
+    word-level tokenizers; decoding the end of the row needs neither.
+    """
+
+    def __init__(self, tokenizer: Any, strings: str | Sequence[str]) -> None:
+        self._decode = tokenizer.decode
+        self._strings = [strings] if isinstance(strings, str) else list(strings)
+        if not all(isinstance(string, str) and string for string in self._strings):
+            raise PersonafastError("stop_strings: a string is empty; leave it out")
+        # No token is shorter than a byte, so this many hold any of the strings, wherever it begins in a token.
+        self._window = max(len(string.encode()) for string in self._strings) + 1
+
+    def __call__(self, ids: torch.Tensor, scores: Any = None) -> torch.Tensor:
+        """Which rows of ids [b, l] end."""
+        return torch.tensor([self._completes(row) for row in ids[:, -self._window :].tolist()], device=ids.device)
+
+    def _completes(self, ids: list[int]) -> bool:
+        text, before = self._decode(ids), self._decode(ids[:-1])
+        return any(text.count(string) > before.count(string) for string in self._strings)
 
 
 def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

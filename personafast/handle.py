@@ -206,12 +206,15 @@ class PersonaHandle:
         Raises:
             PersonafastError: naming the argument and the mend.
         """
-        from personafast.generate import Options, decode, row_prompts, stop_criteria
+        from personafast.generate import Options, StopStrings, decode, row_prompts
 
         self._check_call(model, generation_config, prepared)
         options = Options(
             sampler, seed, seeds, min_p, policy_temperature, carry, scr_options or ScrOptions(chunk=chunk)
         )
+        criteria = list(stopping_criteria or ())
+        if stop_strings:
+            criteria.append(StopStrings(self.tokenizer, stop_strings))
         prompts = row_prompts(input_ids, prepared.get("attention_mask"))
         spread = self._spread(personas, len(prompts))
         return decode(
@@ -221,7 +224,7 @@ class PersonaHandle:
             options,
             generation_config,
             logits_processor if logits_processor is not None else [],
-            stop_criteria(stopping_criteria, stop_strings, self.tokenizer if stop_strings else None),
+            criteria,
             streamer,
         )
 

@@ -81,9 +81,8 @@ class LoraPolicy:
         for path, factors in self.factors.items():
             tensors[f"base_model.model.{path}.lora_A.weight"] = factors.a
             tensors[f"base_model.model.{path}.lora_B.weight"] = factors.b
-        metadata = {"format": "pt"}
-        if self.vocab_size:
-            metadata["vocab_size"] = str(self.vocab_size)
+        # One entry at most: safetensors writes several in any order, and equal libraries should be equal bytes.
+        metadata = {"vocab_size": str(self.vocab_size)} if self.vocab_size else {"format": "pt"}
         write_safetensors(folder / WEIGHTS, tensors, metadata)
         write_json(folder / CONFIG, dict(self.config))
 

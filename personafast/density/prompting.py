@@ -9,7 +9,7 @@ from typing import Any
 from personafast.errors import PersonafastError
 from personafast.models.reading import chat_ids
 
-_PROBE, _OTHER = ([{"role": "user", "content": text}] for text in ("x", "y"))
+_PROBE, _OTHER = ([{"role": "user", "content": text}] for text in ("x", ""))
 
 
 class SystemPrompts:

@@ -15,7 +15,7 @@ from personafast import ops
 from personafast.density.draws import Draws, Stream, choose
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
-from personafast.density.transcript import Transcript
+from personafast.density.transcript import GenerationStats, Transcript
 from personafast.errors import PersonafastError
 
 
@@ -26,8 +26,9 @@ class ScrOptions:
     Attributes:
         chunk: k, tokens proposed a round.
         window: W, past rounds whose largest score makes the bound.
-        gamma: safety factor, log M = log gamma + max over the window. One bound a row and prefix length. Open in the
-            paper: before a row's first round the round's own score stands in, so that round accepts with 1 / gamma.
+        gamma: safety factor, log M = log gamma + max over the window. One bound a row and prefix length.
+        warmup: rounds at the start of a row that fill the window: their chunk is scored, and one exact token is drawn
+            (open in the paper; a bound made of the round's own score would accept anything with 1 / gamma).
         retries: single-token proposals after a whole chunk was refused (open in the paper: one exact token is drawn
             when all of them are refused too).
     """
@@ -35,10 +36,11 @@ class ScrOptions:
     chunk: int = 4
     window: int = 20
     gamma: float = 1.2
+    warmup: int = 2
     retries: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "window", "retries"):
+        for name in ("chunk", "window", "warmup", "retries"):
             if getattr(self, name) < 1:
                 raise PersonafastError(f"{name}: {getattr(self, name)} is not at least 1")
         if not (math.isfinite(self.gamma) and self.gamma >= 1):
@@ -54,9 +56,14 @@ class _Bounds:
         self._next = 0
 
     def log_m(self, scores: torch.Tensor) -> torch.Tensor:
-        """float32 [B, k], with the round's own scores where nothing was seen yet."""
+        """float32 [B, k]; the round's own scores where no chunk that long was seen yet."""
         seen = self._ring.amax(dim=0)
         return self._log_gamma + torch.where(seen == -math.inf, scores, seen)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds seen so far."""
+        return self._next
 
     def see(self, scores: torch.Tensor) -> None:
         self._ring[self._next % self._ring.shape[0]] = scores
@@ -84,14 +91,18 @@ def sample_scr(scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws,
         round_ = _Round(scorer, transcript, rule, draws, options)
         scores = round_.scores()
         log_m = bounds.log_m(scores)
-        accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths).long()
-        _count(transcript, scores, log_m, round_.lengths, accepted)
-        tokens, counts = round_.draft, accepted.clone()
-        stuck = (accepted == 0).nonzero().flatten()
-        if stuck.numel():
-            tokens = tokens.clone()
-            tokens[stuck, 0] = _one_token(round_, stuck, log_m[stuck, 0], draws, options, transcript)
-            counts[stuck] = 1
+        tokens = round_.draft.clone()
+        if bounds.rounds < options.warmup:
+            counts = torch.ones_like(round_.positions)
+            tokens[:, 0] = round_.exact_token(torch.arange(counts.numel(), device=counts.device))
+            transcript.stats.exact += counts.numel()
+        else:
+            accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths).long()
+            _count(transcript.stats, scores, log_m, round_.lengths, accepted)
+            stuck = (accepted == 0).nonzero().flatten()
+            if stuck.numel():
+                tokens[stuck, 0] = _one_token(round_, stuck, log_m[stuck, 0], options, transcript.stats)
+            counts = accepted.clamp(min=1)
         bounds.see(torch.where(_within(round_.lengths, options.chunk), scores, -math.inf))
         transcript.append(tokens, counts)
         scorer.commit(tokens, counts)
@@ -106,7 +117,7 @@ class _Round:
 
     def __init__(self, scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws, options: ScrOptions) -> None:
         t = rule.policy_temperature
-        self.rule, self.positions = rule, transcript.positions
+        self.rule, self.positions, self.draws = rule, transcript.positions, draws
         u = draws.uniform(Stream.PROPOSE, self.positions, options.chunk)
         self.log_u = draws.uniform(Stream.ACCEPT, self.positions, options.chunk).log().float()
         draft = torch.empty(self.positions.numel(), 0, dtype=torch.long, device=self.positions.device)
@@ -138,15 +149,26 @@ class _Round:
                 scores[:, j:] = torch.where(inside, scores[:, j:], -math.inf)
         return scores
 
+    def local(self, rows: torch.Tensor) -> tuple[Rule, torch.Tensor, torch.Tensor]:
+        """The rule and the cached next-token logits at Y of some rows: reference [b, V], policies [N, b, V]."""
+        rule = self.rule
+        rule = Rule(rule.weights[rows], rule.aggregator[rows], rule.min_p[rows], rule.policy_temperature)
+        return rule, self.reference[rows, 0], self.policies[:, rows, 0]
+
+    def exact_token(self, rows: torch.Tensor) -> torch.Tensor:
+        """One token of the token-level target for some rows, int64 [b]; no forward pass is needed."""
+        rule, reference, policies = self.local(rows)
+        u = self.draws.uniform(Stream.EXACT, self.positions)[rows, 0]
+        return choose(rule.target(reference, policies), u)
+
 
 def _within(lengths: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.arange(chunk, device=lengths.device) < lengths[:, None]
 
 
 def _count(
-    transcript: Transcript, scores: torch.Tensor, log_m: torch.Tensor, lengths: torch.Tensor, accepted: torch.Tensor
+    stats: GenerationStats, scores: torch.Tensor, log_m: torch.Tensor, lengths: torch.Tensor, accepted: torch.Tensor
 ) -> None:
-    stats = transcript.stats
     within = _within(lengths, scores.shape[1])
     stats.proposed += int(lengths.sum())
     stats.accepted += int(accepted.sum())
@@ -155,42 +177,27 @@ def _count(
 
 
 def _one_token(
-    round_: _Round,
-    rows: torch.Tensor,
-    log_m: torch.Tensor,
-    draws: Draws,
-    options: ScrOptions,
-    transcript: Transcript,
+    round_: _Round, rows: torch.Tensor, log_m: torch.Tensor, options: ScrOptions, stats: GenerationStats
 ) -> torch.Tensor:
     """Single-token rejection sampling from the cached logits at Y, then one exact token after the retry cap."""
-    rule = round_.rule
+    rule, reference, policies = round_.local(rows)
     t = rule.policy_temperature
-    reference, policies = round_.reference[rows, 0], round_.policies[:, rows, 0]
-    u = draws.uniform(Stream.RETRY, round_.positions, 2 * options.retries)[rows]
-    local = Rule(rule.weights[rows], rule.aggregator[rows], rule.min_p[rows], t)
-    logp = (reference / t).log_softmax(dim=-1)
-    inside = local.supported(reference, policies) if bool(local.min_p.any()) else None
+    logp, of = (reference / t).log_softmax(dim=-1), (policies / t).log_softmax(dim=-1)
+    inside = rule.supported(reference, policies) if bool(rule.min_p.any()) else None
+    u = round_.draws.uniform(Stream.RETRY, round_.positions, 2 * options.retries)[rows]
     token = torch.full_like(rows, -1)
     for attempt in range(options.retries):
         open_ = token < 0
         if not bool(open_.any()):
             return token
-        proposed = choose(logp, u[:, 2 * attempt])
-        index = proposed[:, None]
-        of = (policies / t).log_softmax(dim=-1).gather(2, index.expand(policies.shape[0], -1, 1))
-        score = ops.chunk_scores(
-            logp.gather(1, index),
-            of,
-            local.weights,
-            None,
-            local.aggregator,
-            torch.ones_like(local.min_p),
-        )[:, 0]
+        index = choose(logp, u[:, 2 * attempt])[:, None]
+        of_token = of.gather(2, index.expand(of.shape[0], -1, 1))
+        ones = torch.ones_like(rule.min_p)
+        score = ops.chunk_scores(logp.gather(1, index), of_token, rule.weights, None, rule.aggregator, ones)[:, 0]
         good = u[:, 2 * attempt + 1].log().float() < score - log_m
         if inside is not None:
             good &= inside.gather(1, index)[:, 0]
-        token = torch.where(open_ & good, proposed, token)
-    open_ = token < 0
-    transcript.stats.fallbacks += int(open_.sum())
-    exact = choose(local.target(reference, policies), draws.uniform(Stream.EXACT, round_.positions)[rows, 0])
-    return torch.where(open_, exact, token)
+        token = torch.where(open_ & good, index[:, 0], token)
+    refused = token < 0
+    stats.exact += int(refused.sum())
+    return torch.where(refused, round_.exact_token(rows), token)

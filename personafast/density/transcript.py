@@ -24,7 +24,7 @@ class GenerationStats:
         proposed, accepted: proposed tokens, and those of them that were accepted (`scr`).
         scored, clipped: chunk scores compared with a bound, and those above it: their share is `clipped_mass`, a
             measure of the bias of an estimated bound.
-        fallbacks: exact tokens drawn after the retry cap (`scr`).
+        exact: exact tokens drawn in warm-up rounds and after the retry cap (`scr`).
         notes: what was chosen for the caller, and why.
     """
 
@@ -36,7 +36,7 @@ class GenerationStats:
     accepted: int = 0
     scored: int = 0
     clipped: int = 0
-    fallbacks: int = 0
+    exact: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -14,7 +14,9 @@ from personafast.ops import Aggregator
 class Tables:
     """Next-token logits of a reference and N policies for every prefix of up to `length` tokens."""
 
-    def __init__(self, policies: int, vocab: int = 4, length: int = 4, seed: int = 0, near: float | None = None) -> None:
+    def __init__(
+        self, policies: int, vocab: int = 4, length: int = 4, seed: int = 0, near: float | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.vocab, self.length = vocab, length
         self.offsets = torch.tensor([sum(vocab**j for j in range(n)) for n in range(length + 1)])

@@ -66,7 +66,11 @@ def tokenizer() -> Any:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     found = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>",
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
         additional_special_tokens=special[4:],
     )
     found.chat_template = TEMPLATE
@@ -87,8 +91,14 @@ def policy(net: Any, seed: int, rank: int = 4, scale: float = 0.5, names: tuple[
             scale,
         )
     targets = sorted({path.rsplit(".", 1)[-1] for path in factors})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank * scale,
-              "target_modules": targets, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank * scale,
+        "target_modules": targets,
+        "bias": "none",
+    }
     return LoraPolicy(factors, config, VOCAB)
 
 
@@ -97,7 +107,7 @@ def library(net: Any, masks: bool = True) -> pf.PersonaLibrary:
     generator = torch.Generator().manual_seed(5)
     found = pf.PersonaLibrary(anatomy(net).shape)
     for name in ("creative", "futurist"):
-        found.add_vector(name, 3 * torch.randn(BLOCKS, HIDDEN, generator=generator), blocks=(0, 1))
+        found.add_vector(name, 0.4 * torch.randn(BLOCKS, HIDDEN, generator=generator), blocks=(0, 1))
     found.add_policy("formal", policy(net, 1))
     found.add_policy("warm", policy(net, 2, rank=3, names=("q_proj", "up_proj")))
     if masks:

@@ -1,0 +1,46 @@
+"""Rolling rows back by different counts gives what a fresh forward over the kept tokens gives."""
+
+import pytest
+import torch
+from helpers import tiny
+
+from personafast.errors import UnsupportedModelError
+from personafast.models.cache import RaggedContext
+
+
+def fresh(net, ids):
+    with torch.no_grad():
+        return net(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_rollback_equals_a_fresh_forward(family):
+    net = tiny.model(family)
+    generator = torch.Generator().manual_seed(1)
+    texts = [[5, 6, 7, 8], [9], [10, 11]]
+    context = RaggedContext(net, texts, torch.device("cpu"))
+    with torch.no_grad():
+        for step in range(12):
+            tokens = torch.randint(3, tiny.VOCAB, (len(texts), 3), generator=generator)
+            logits = context.feed(tokens, 1)[:, 0]
+            texts = [text + new for text, new in zip(texts, tokens.tolist(), strict=True)]
+            expected = torch.stack([fresh(net, text) for text in texts])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            counts = torch.randint(0, 3, (len(texts),), generator=generator)
+            context.rollback(counts)
+            texts = [text[: len(text) - int(count)] for text, count in zip(texts, counts, strict=True)]
+            if step == 6:
+                context.keep(torch.tensor([0, 2]))
+                texts = [texts[0], texts[2]]
+    # Dead columns are gathered away: the cache does not grow with what was rolled back.
+    assert context._live.shape[1] <= 1.5 * max(map(len, texts)) + 12
+
+
+def test_a_sliding_window_refuses_ragged_rollback_beyond_it():
+    net = tiny.model("gemma2")
+    net.config.sliding_window = 6
+    context = RaggedContext(net, [[3, 4, 5], [6, 7, 8]], torch.device("cpu"))
+    with torch.no_grad():
+        context.feed(torch.randint(3, 60, (2, 6)), 1)
+    with pytest.raises(UnsupportedModelError, match="sliding window of 6"):
+        context.rollback(torch.tensor([1, 3]))
