@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from personafast._version import __version__
+from personafast.cli.facts import fact_table
 from personafast.cli.progress import progress_bar
 
 PACKAGES = (
@@ -148,15 +149,9 @@ def _show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
 
-    def section(title: str, rows: dict[str, Any]) -> None:
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for key, value in rows.items():
-            table.add_row(Text(key, style="bold"), Text(_plain(value)))
-        console.print(table, "")
-
-    section("Hardware", report["hardware"])
-    section("Versions", report["versions"])
-    section("Compiled core", report["core"])
+    console.print(fact_table("Hardware", report["hardware"]), "")
+    console.print(fact_table("Versions", report["versions"]), "")
+    console.print(fact_table("Compiled core", report["core"]), "")
 
     table = Table(title="Backend of every operator", title_justify="left")
     for heading in ("operator", "device", "backend", "why"):
@@ -173,13 +168,3 @@ def _show(report: dict[str, Any]) -> None:
         mark = Text("pass", style="green") if check["passed"] else Text("FAIL", style="bold red")
         table.add_row(check["name"], mark, Text(check["detail"]))
     console.print(table)
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "not installed"
-    if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return str(value)

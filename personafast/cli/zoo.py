@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from personafast.cli.facts import fact_table
 from personafast.errors import PersonafastError
 
 app = typer.Typer(
@@ -41,10 +42,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print the manifes
         table.add_row(starred, trait.description, trait.prompt, trait.opposite or "")
     console.print(table)
     console.print("* blended by `personafast demo`\n", highlight=False)
-    for key, value in manifest.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        console.print(f"[bold]{key}[/bold]", end=" ")
-        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    facts = {key: value for key, value in manifest.items() if key != "files"}
+    facts["files"] = f"{len(manifest['files'])}; their SHA-256 are in --json"
+    console.print(fact_table("How it was made", facts))
 
 
 @app.command(
@@ -52,16 +52,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print the manifes
     epilog="**Train it again, beside the one that came with the package:**\n\n`personafast zoo build --out my-zoo`",
 )
 def build(
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the corpus and of every training run.")] = 0,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace the folder if it is there, once the new zoo is finished and good."),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps only, to try the pipeline; such a zoo speaks badly.")
+    ] = False,
 ) -> None:
     """Train the zoo from nothing: reference, policies, vectors and masks. Under 15 minutes on 2 cores.
 
     Needs `pip install personafast[zoo]`. The same seed on the same instruction set and versions gives the same hashes.
+    An interrupted build goes on where it stopped.
     """
-    if out.exists():
-        raise PersonafastError(f"--out {out}: exists already and is not overwritten; give another folder")
+    if out.exists() and not replace:
+        raise PersonafastError(f"--out {out}: exists already; give another folder, or add --replace")
     from personafast.zoo.build import build as train
 
-    train(out, seed=seed)
-    typer.echo(f"{out}: built")
+    manifest = train(out, seed=seed, quick=quick)
+    typer.echo(f"{out}: {len(manifest['files'])} files")

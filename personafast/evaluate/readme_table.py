@@ -1,4 +1,4 @@
-"""Write the figures of `personafast demo --json` into a page: `python -m personafast.evaluate.readme_table FILE [PAGE]`.
+"""Write the figures of `personafast demo --json` into a page: `python -m personafast.evaluate.readme_table FILE`.
 
 The page holds a line `<!-- demo:begin -->` and a line `<!-- demo:end -->`; what stands between them is replaced.
 """
