@@ -53,6 +53,14 @@ class Row:
     weights: Sequence[float]
     aggregator: str
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the token-level target depends on the reference: not a mixture, nor weights that sum to 1."""
+        if not self.policies:
+            return True
+        # Well inside the tolerance within which `aggregate_logits` gives the reference no share.
+        return self.aggregator != "linear" and abs(1 - sum(self.weights)) > 5e-7
+
 
 @dataclass(frozen=True)
 class Options:
@@ -120,7 +128,7 @@ def decode(
     rule = _rule(rows, min_p, options.policy_temperature, device)
     scorer = ModelScorer(
         patch,
-        [row.reference for row in rows],
+        [row.reference if chunked or row.needs_reference else None for row in rows],
         [row.policies for row in rows],
         split=chunked,
         stats=transcript.stats,

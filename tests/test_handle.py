@@ -440,3 +440,17 @@ def test_a_vector_replaced_in_the_library_is_used_at_once(net, library, batch):
         new = greedy(net, handle, batch, persona)
         wanted = greedy(net, handle, batch, pf.Persona(vectors={"futurist": 1.0}))
     assert torch.equal(new, wanted) and not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("rule", ["geometric", "linear"])
+def test_weights_that_sum_to_one_do_not_run_the_reference(net, library, batch, rule):
+    options = {"max_new_tokens": NEW, "do_sample": True, "top_k": 0, "seed": 1, "custom_generate": None}
+    with pf.attach(net, library) as handle:
+        options["custom_generate"] = handle.generate
+        persona = pf.Persona(policies={"formal": 0.6, "warm": 0.4}, aggregator=rule)
+        # A row that needs the reference beside two that do not.
+        mixed = [persona, pf.Persona(policies={"formal": 1.0, "warm": 1.0}), persona]
+        alone = net.generate(**batch, personas=persona, return_dict_in_generate=True, **options)
+        beside = net.generate(**batch, personas=mixed, return_dict_in_generate=True, **options)
+    assert alone.stats.forwards == 3 * 2 * NEW and beside.stats.forwards == 7 * NEW
+    assert torch.equal(alone.sequences[[0, 2]], beside.sequences[[0, 2]])

@@ -66,7 +66,8 @@ class ModelScorer:
 
     Args:
         patch: the model with its banks.
-        references: the reference member of every row.
+        references: the reference member of every row; None for a row whose target does not depend on it (not with
+            `split`). Its logits are then zeros.
         policies: the policy members of every row, ragged: a row may have none.
         split: keep the reference in a cache of its own, so that it can run ahead (`propose`); otherwise all members
             share every forward pass.
@@ -76,7 +77,7 @@ class ModelScorer:
     def __init__(
         self,
         patch: Patch,
-        references: Sequence[Member],
+        references: Sequence[Member | None],
         policies: Sequence[Sequence[Member]],
         *,
         split: bool,
@@ -89,12 +90,15 @@ class ModelScorer:
         # Where flat policy f stands in [N, B].
         self._row = torch.tensor([b for b, row in enumerate(policies) for _ in row], dtype=torch.long, device=device)
         self._index = torch.tensor([i for row in policies for i in range(len(row))], dtype=torch.long, device=device)
+        present = [b for b, member in enumerate(references) if member is not None]
+        self._present = torch.tensor(present, dtype=torch.long, device=device)
+        own = [member for member in references if member is not None]
         self._reference: _Group | None = None
         if split:
-            self._reference = _Group(patch, references, stats, device)
+            self._reference = _Group(patch, own, stats, device)
             self._joint = _Group(patch, flat, stats, device) if flat else None
         else:
-            self._joint = _Group(patch, [*references, *flat], stats, device)
+            self._joint = _Group(patch, [*own, *flat], stats, device)
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:
         """See `Scorer.propose`; only with `split`."""
@@ -109,8 +113,13 @@ class ModelScorer:
         own = draft[self._row]
         if self._reference is not None:
             return None, self._spread(self._joint.logits(own, positions))
-        logits = self._joint.logits(torch.cat([draft, own]), positions)
-        return (logits[: self._rows] if reference else None), self._spread(logits[self._rows :])
+        logits = self._joint.logits(torch.cat([draft[self._present], own]), positions)
+        count = self._present.numel()
+        of_reference = logits[:count]
+        if reference and count < self._rows:
+            of_reference = logits.new_zeros(self._rows, *logits.shape[1:])
+            of_reference[self._present] = logits[:count]
+        return (of_reference if reference else None), self._spread(logits[count:])
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """See `Scorer.commit`."""
@@ -121,21 +130,23 @@ class ModelScorer:
                 self._joint.commit(*flat)
         else:
             assert self._joint is not None
-            self._joint.commit(torch.cat([tokens, flat[0]]), torch.cat([counts, flat[1]]))
+            self._joint.commit(torch.cat([tokens[self._present], flat[0]]), torch.cat([counts[self._present], flat[1]]))
 
     def keep(self, rows: torch.Tensor) -> None:
         """See `Scorer.keep`."""
         new = torch.full((self._rows,), -1, dtype=torch.long, device=rows.device)
         new[rows] = torch.arange(rows.numel(), device=rows.device)
         members = (new[self._row] >= 0).nonzero().flatten()
+        present = (new[self._present] >= 0).nonzero().flatten()
         if self._reference is not None:
             self._reference.keep(rows)
             if self._joint is not None:
                 self._joint.keep(members)
         else:
             assert self._joint is not None
-            self._joint.keep(torch.cat([rows, members + self._rows]))
+            self._joint.keep(torch.cat([present, members + self._present.numel()]))
         self._row, self._index = new[self._row[members]], self._index[members]
+        self._present = new[self._present[present]]
         self._rows = rows.numel()
 
     def _spread(self, flat: torch.Tensor) -> torch.Tensor:
