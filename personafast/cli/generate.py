@@ -182,25 +182,6 @@ def _streaming(asked: bool | None, *, single: bool, to_machine: bool) -> bool:
     return possible if asked is None else asked
 
 
-def _encode(tokenizer: Any, prompts: list[str], system: str | None, device: Any) -> dict[str, Any]:
-    """Left-padded rows: through the chat template where the tokenizer has one, as plain text otherwise."""
-    tokenizer.padding_side = "left"
-    if tokenizer.chat_template is None:
-        if system is not None:
-            raise PersonafastError("--system: this tokenizer has no chat template; put the text into the prompt")
-        batch = tokenizer(prompts, padding=True, return_tensors="pt")
-    else:
-        opening = [] if system is None else [{"role": "system", "content": system}]
-        batch = tokenizer.apply_chat_template(
-            [[*opening, {"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
-
-
 def _answer(
     network: Any,
     tokenizer: Any,
@@ -213,7 +194,9 @@ def _answer(
     streaming: bool,
 ) -> list[dict[str, Any]]:
     """Answer one batch; a record a prompt."""
-    inputs = _encode(tokenizer, prompts, system, network.device)
+    from personafast.evaluate.chat import encode
+
+    inputs = encode(tokenizer, prompts, network.device, system)
     # transformers' generate keeps a streamer to itself and refuses stop strings, so both are bound to the callable.
     bound: dict[str, Any] = {"stop_strings": settings["stop"] or None}
     if streaming:

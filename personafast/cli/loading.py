@@ -30,6 +30,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLib
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise PersonafastError(f"--device {device!r}: cannot be used here ({_first_line(error)}); try cpu") from None
+    model: Any
     if name == "zoo":
         from personafast import zoo
 

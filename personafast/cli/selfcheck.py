@@ -122,22 +122,18 @@ def check_zoo() -> Check:
     name = "built-in model, two policies and a plain row"
     try:
         from personafast import zoo
+        from personafast.evaluate.chat import encode
         from personafast.handle import attach
         from personafast.persona import Persona
 
+        model: Any
         model, tokenizer, library = zoo.load()
-        batch = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": question}] for question in zoo.prompts(1, 0) * 2],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs = encode(tokenizer, zoo.prompts(1, 0) * 2)
         settings = {"do_sample": False, "max_new_tokens": 32}
 
         def texts(**more: Any) -> list[str]:
             sequences = model.generate(**inputs, **settings, **more)
-            return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            return [str(text) for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
         before = texts()
         blend = Persona(policies=dict.fromkeys(zoo.DEMO_TRAITS[:2], 1.0))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from personafast.errors import PersonafastError
+from personafast.evaluate.chat import encode
 from personafast.evaluate.intervals import newcombe_difference, wilson
 from personafast.handle import attach
 from personafast.library import PersonaLibrary
@@ -79,22 +80,6 @@ def methods(
         Method("scr", Persona(policies=policies, aggregator="linear"), "scr", "linear rule, chunk by chunk"),
         Method("direct", Persona(policies=policies), "direct", "geometric rule, token by token"),
     ]
-
-
-def _encode(tokenizer: Any, questions: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-    """Left-padded chat prompts, one row a question: input_ids and attention_mask [B, S]."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        batch = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": question}] for question in questions],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-    finally:
-        tokenizer.padding_side = side
-    return {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
 
 
 def measure(
@@ -183,7 +168,7 @@ def measure(
         "device": str(model.device),
         "how": {method.name: method.how for method in rows},
     }
-    batch = _encode(tokenizer, questions, model.device)
+    batch = encode(tokenizer, questions, model.device)
     start = batch["input_ids"].shape[1]
     joint_counts: dict[str, int] = {}
     results = []
