@@ -92,7 +92,8 @@ def reference(
             normalised = len(factors) == 1 and bool(factors[0][0] == 1)
         if min_p[row] > 0:
             support = torch.stack([_supported(logp, min_p[row]) for logp in members]).any(0)
-            target, normalised = torch.where(support, target, -math.inf), False
+            # NaN is in no support, and stays, lest the row pass for an empty one.
+            target, normalised = torch.where(support | target.isnan(), target, -math.inf), False
         if target.amax() == -math.inf:
             target, normalised = torch.where(_supported(logp0, min_p[row]), logp0, -math.inf), False
         out[row] = target if normalised else target - target.logsumexp(0)
@@ -170,7 +171,8 @@ def _vectorised(
         limit0 = torch.where(geometric & (rest > REFERENCE_SHARE), logp0.amax(-1) + floor, math.inf)
         support = (logp0 >= limit0[:, None]) | (logp >= limit[:, :, None]).any(0)
         whole = min_p == 0
-        target = torch.where(support | whole[:, None], target, -math.inf)
+        # NaN is in no support, and stays, lest the row pass for an empty one.
+        target = torch.where(support | whole[:, None] | target.isnan(), target, -math.inf)
         normalised = normalised & whole
     norm = target.logsumexp(-1)
     empty = norm == -math.inf

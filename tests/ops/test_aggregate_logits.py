@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from personafast import ops
+from personafast.errors import PersonafastError
+
+INF = math.inf
+LINEAR, GEOMETRIC = int(ops.Aggregator.LINEAR), int(ops.Aggregator.GEOMETRIC)
+
+
+def by_hand(ref, policies, weights, carried, aggregator, min_p):
+    """Probabilities in float64, token by token, from the definition."""
+    N, B, V = policies.shape
+    pi0, pi = ref.double().softmax(-1), policies.double().softmax(-1)
+    out = torch.full((B, V), -INF, dtype=torch.float64)
+    for b in range(B):
+        used = [n for n in range(N) if float(weights[b, n])]
+        w = {n: float(weights[b, n]) for n in used}
+        members, target = [pi[n, b] for n in used], torch.zeros(V, dtype=torch.float64)
+        rest = 1 - float(weights[b].sum())
+        if not used:
+            members, target = [pi0[b]], pi0[b].clone()
+        elif aggregator[b] == LINEAR:
+            for n in used:
+                target += w[n] * (math.exp(float(carried[b, n])) if carried is not None else 1.0) * pi[n, b]
+        else:
+            if rest > 1e-6:
+                members = [*members, pi0[b]]
+            for v in range(V):
+                factors = [(w[n], float(pi[n, b, v])) for n in used]
+                if abs(rest) > 1e-6:
+                    factors.append((rest, float(pi0[b, v])))
+                if all(q > 0 for _, q in factors):
+                    target[v] = math.exp(sum(f * math.log(q) for f, q in factors))
+        keep = torch.zeros(V, dtype=torch.bool)
+        for q in members:
+            keep |= q >= float(min_p[b]) * q.max() * (1 - 1e-9)
+        target = torch.where(keep, target, 0.0)
+        if target.sum() == 0:
+            target = torch.where(pi0[b] >= float(min_p[b]) * pi0[b].max(), pi0[b], 0.0)
+        out[b] = (target / target.sum()).log()
+    return out
+
+
+def run(ref, policies, weights, aggregator, min_p=0.0, carried=None):
+    B = ref.shape[0]
+    codes = torch.full((B,), aggregator, dtype=torch.int32) if isinstance(aggregator, int) else aggregator
+    floor = torch.full((B,), min_p) if isinstance(min_p, float) else min_p
+    return ops.aggregate_logits(ref, policies, weights, carried, codes, torch.ones(B), floor)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    B=st.integers(0, 4),
+    N=st.integers(0, 4),
+    V=st.sampled_from([1, 2, 5, 33]),
+    carry=st.booleans(),
+    holes=st.booleans(),
+    sparse=st.booleans(),
+    backend=st.sampled_from(["auto", "reference"]),
+    seed=st.integers(0, 1000),
+)
+def test_against_float64(B, N, V, carry, holes, sparse, backend, seed):
+    g = torch.Generator().manual_seed(seed)
+    ref, policies = 2 * torch.randn(B, V, generator=g), 2 * torch.randn(N, B, V, generator=g)
+    weights = torch.rand(B, N, generator=g) * 1.5
+    aggregator = torch.randint(0, 2, (B,), generator=g, dtype=torch.int32)
+    if sparse:
+        weights[torch.rand(B, N, generator=g) < 0.5] = 0
+    if holes and V > 1:
+        ref[:, 1:][torch.rand(B, V - 1, generator=g) < 0.2] = -INF
+        policies[:, :, 1:][torch.rand(N, B, V - 1, generator=g) < 0.2] = -INF
+    min_p = torch.tensor([0.0, 0.05, 0.3, 0.9])[torch.randint(0, 4, (B,), generator=g)]
+    carried = torch.randn(B, N, generator=g) if carry else None
+    with ops.use_backend(backend):
+        out = run(ref, policies, weights, aggregator, min_p, carried)
+    expected = by_hand(ref, policies, weights, carried, aggregator, min_p)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("aggregator", [LINEAR, GEOMETRIC])
+def test_one_policy_at_weight_one_is_that_policy_bit_for_bit(backend, dtype, aggregator):
+    ref, policies = torch.randn(6, 301).to(dtype), (8 * torch.randn(3, 6, 301)).to(dtype)
+    policies[0, :, 5] = -INF  # of no weight: counts for nothing
+    ref[:, 7] = -INF  # no coefficient left
+    weights = torch.zeros(6, 3)
+    weights[:4, 1] = 1.0
+    with ops.use_backend(backend):
+        out = run(ref, policies, weights, aggregator, carried=torch.randn(6, 3))
+    assert torch.equal(out[:4], policies[1, :4].float().log_softmax(-1))
+    assert torch.equal(out[4:], ref[4:].float().log_softmax(-1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_policy_equal_to_the_reference_changes_nothing(backend):
+    ref = 3 * torch.randn(4, 50)
+    with ops.use_backend(backend):
+        out = run(ref, ref.expand(3, 4, 50), torch.full((4, 3), 1.3), GEOMETRIC)
+    torch.testing.assert_close(out, ref.log_softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_reference_is_a_member_only_where_the_blend_leaves_it_a_share(backend):
+    ref = torch.tensor([[0.0, 8.0, -8.0]]).repeat(3, 1)
+    policy = torch.tensor([[0.0, -8.0, 8.0]]).repeat(3, 1)[None]
+    weights = torch.tensor([[0.5], [1.0], [1.5]])
+    with ops.use_backend(backend):
+        kept = run(ref, policy, weights, GEOMETRIC, 0.5).isfinite()
+    assert kept.tolist() == [[False, True, True], [False, False, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_target_without_any_token_is_the_reference(backend):
+    ref = torch.tensor([[1.0, 0.0, -4.0]])
+    policies = torch.tensor([[[0.0, -INF, -INF]], [[-INF, 0.0, -INF]]])
+    with ops.use_backend(backend):
+        out = run(ref, policies, torch.ones(1, 2), GEOMETRIC)
+        masked = run(ref, policies, torch.ones(1, 2), GEOMETRIC, 0.1)
+    torch.testing.assert_close(out, ref.log_softmax(-1))
+    torch.testing.assert_close(masked[:, :2], ref[:, :2].log_softmax(-1))
+    assert masked[0, 2] == -INF
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("aggregator", [LINEAR, GEOMETRIC])
+def test_nan_is_not_hidden(backend, aggregator):
+    ref, policies = torch.zeros(2, 4), torch.zeros(1, 2, 4)
+    policies[0, 1, 2] = float("nan")
+    with ops.use_backend(backend):
+        out = run(ref, policies, torch.full((2, 1), 0.5), aggregator, 0.1)
+    assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_values_are_named(backend):
+    ref, policies = torch.zeros(2, 4), torch.zeros(1, 2, 4)
+    with ops.use_backend(backend):
+        with pytest.raises(PersonafastError, match="`weights` of row 0 hold -1"):
+            run(ref, policies, torch.full((2, 1), -1.0), LINEAR)
+        with pytest.raises(PersonafastError, match="unknown code 5"):
+            run(ref, policies, torch.ones(2, 1), 5)
+        with pytest.raises(PersonafastError, match="`min_p` of row 1 is 1.5, expected 0 to 1"):
+            run(ref, policies, torch.ones(2, 1), LINEAR, torch.tensor([0.0, 1.5]))
+        assert run(ref, policies, torch.full((2, 1), -1.0), GEOMETRIC).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref": torch.zeros(2, 4, dtype=torch.int64)}, "`ref` has dtype int64"),
+        ({"policies": torch.zeros(2, 4)}, r"`policies` has shape \[2, 4\], expected \[N, B, V\]"),
+        ({"policies": torch.zeros(1, 2, 5)}, r"`policies` has shape \[1, 2, 5\]"),
+        ({"weights": torch.ones(2)}, r"`weights` has shape \[2\]"),
+        ({"carried": torch.ones(2, 2)}, r"`carried` has shape \[2, 2\]"),
+        ({"aggregator": torch.zeros(1, dtype=torch.int32)}, r"`aggregator` has shape \[1\]"),
+        ({"min_p": torch.zeros(1)}, r"`min_p` has shape \[1\]"),
+        ({"policies": torch.zeros(1, 2, 4, requires_grad=True)}, "no gradient"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "ref": torch.zeros(2, 4),
+        "policies": torch.zeros(1, 2, 4),
+        "weights": torch.ones(2, 1),
+        "carried": None,
+        "aggregator": torch.zeros(2, dtype=torch.int32),
+        "p": torch.ones(2),
+        "min_p": torch.zeros(2),
+    }
+    with pytest.raises(PersonafastError, match=message):
+        ops.aggregate_logits(**{**good, **change})

@@ -1,0 +1,105 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from personafast import ops
+from personafast.errors import BackendError, PersonafastError
+from personafast.ops import _backend
+
+
+def python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def call():
+    return ops.inject_(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, dtype=torch.int32))
+
+
+def test_import_brings_neither_triton_nor_transformers():
+    code = (
+        "import sys, personafast.ops; from personafast import ops; ops.chosen('inject_');"
+        "print([m for m in ('triton', 'transformers', 'peft', 'vllm', 'matplotlib') if m in sys.modules])"
+    )
+    result = python(code)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_context_manager_and_setter_restore_what_was_in_force():
+    assert _backend.forced() is None
+    with ops.use_backend("reference"):
+        assert ops.chosen("inject_") == ("reference", "asked for by name ('reference')")
+        with ops.use_backend(None):
+            assert _backend.forced() is None
+        assert _backend.forced() == "reference"
+    assert _backend.forced() is None
+    ops.use_backend("reference")
+    assert _backend.forced() == "reference"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(BackendError, match="unknown backend 'gpu': choose one of reference, cpu, triton or 'auto'"):
+        ops.use_backend("gpu")
+    with pytest.raises(PersonafastError, match="unknown operator 'nothing'"):
+        ops.chosen("nothing")
+
+
+def test_every_operator_says_what_it_runs_on():
+    for name in _backend.KERNELS:
+        backend, reason = ops.chosen(name)
+        assert backend in {"cpu", "torch"} and reason
+
+
+def test_a_missing_backend_is_named_when_asked_for_and_passed_over_otherwise(monkeypatch):
+    monkeypatch.setattr(_backend, "_modules", {"cpu": "personafast._C cannot be imported"})
+    monkeypatch.setattr(_backend, "_automatic", {})
+    with pytest.raises(BackendError, match="backend 'cpu' cannot run: personafast._C cannot be imported"):
+        ops.use_backend("cpu")
+    backend, reason = ops.chosen("inject_")
+    assert backend == "torch" and "cannot be imported" in reason
+    assert torch.equal(call(), torch.ones(1, 2))
+
+
+def test_an_operator_without_the_kernel_asked_for_raises(monkeypatch):
+    monkeypatch.setitem(_backend._modules, "triton", _backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with ops.use_backend("triton"):
+        with pytest.raises(BackendError, match="masked_linear has no 'triton' kernel: choose 'cpu'"):
+            ops.masked_linear(
+                torch.zeros(1, 2),
+                torch.zeros(3, 2),
+                torch.zeros(1, 3, 1, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int32),
+            )
+        with pytest.raises(BackendError, match="needs CUDA tensors"):
+            call()
+        assert ops.chosen("inject_")[0] == "none"
+        assert ops.chosen("chunk_accept")[0] == "torch"
+
+
+@pytest.mark.parametrize("name", ["reference", "nonsense"])
+def test_environment_variable(name):
+    code = (
+        "import torch; from personafast import ops\n"
+        "try: print(ops.chosen('inject_')[0])\n"
+        "except ops._backend.BackendError as error: print(error)"
+    )
+    expected = {"reference": "reference", "nonsense": "PERSONAFAST_BACKEND: unknown backend 'nonsense'"}[name]
+    result = python(code, PERSONAFAST_BACKEND=name)
+    assert result.stdout.startswith(expected), result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error_for_the_automatic_choice_too():
+    pytest.importorskip("personafast._C")
+    code = (
+        "import torch; from personafast import ops\n"
+        "try: ops.inject_(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, dtype=torch.int32))\n"
+        "except ops._backend.BackendError as error: print(error)"
+    )
+    result = python(code, PERSONAFAST_CPU_ISA="sse9")
+    assert result.stdout.strip() == "PERSONAFAST_CPU_ISA=sse9: choose scalar, avx2 or avx512", result.stderr

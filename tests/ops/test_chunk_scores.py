@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from personafast import ops
+from personafast.errors import PersonafastError
+
+INF = math.inf
+
+
+def by_hand(ref, policy, weights, carried, aggregator):
+    """In float64 and plain Python numbers; log(0) and impossible tokens by cases."""
+    N, B, k = policy.shape
+    out = torch.empty(B, k, dtype=torch.float64)
+    for b in range(B):
+        for j in range(k):
+            if any(float(ref[b, i]) == -INF for i in range(j + 1)):
+                out[b, j] = -INF
+                continue
+            terms = []
+            for n in range(N):
+                w = float(weights[b, n])
+                if w:
+                    total = float(carried[b, n]) if carried is not None else 0.0
+                    total += sum(float(policy[n, b, i]) - float(ref[b, i]) for i in range(j + 1))
+                    terms.append((w, total))
+            if not terms:
+                out[b, j] = 0.0
+            elif aggregator[b] == 0:
+                top = max(total for _, total in terms)
+                out[b, j] = -INF if top == -INF else top + math.log(sum(w * math.exp(t - top) for w, t in terms))
+            else:
+                out[b, j] = -INF if any(t == -INF for _, t in terms) else sum(w * t for w, t in terms)
+    return out
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    B=st.integers(0, 4),
+    N=st.integers(0, 4),
+    k=st.integers(0, 5),
+    carry=st.booleans(),
+    holes=st.booleans(),
+    backend=st.sampled_from(["auto", "reference"]),
+    seed=st.integers(0, 1000),
+)
+def test_against_float64(B, N, k, carry, holes, backend, seed):
+    g = torch.Generator().manual_seed(seed)
+    ref, policy = -3 * torch.rand(B, k, generator=g), -3 * torch.rand(N, B, k, generator=g)
+    weights = torch.rand(B, N, generator=g)
+    aggregator = torch.randint(0, 2, (B,), generator=g, dtype=torch.int32)
+    if holes:
+        ref[torch.rand(B, k, generator=g) < 0.15] = -INF
+        policy[torch.rand(N, B, k, generator=g) < 0.15] = -INF
+        weights[torch.rand(B, N, generator=g) < 0.4] = 0
+    weights[aggregator == 1] *= torch.where(torch.rand(int((aggregator == 1).sum()), N, generator=g) < 0.3, -1.0, 1.0)
+    carried = torch.randn(B, N, generator=g) if carry else None
+    with ops.use_backend(backend):
+        scores = ops.chunk_scores(ref, policy, weights, carried, aggregator, torch.ones(B))
+    assert scores.dtype == torch.float32 and scores.shape == (B, k)
+    expected = by_hand(ref, policy, weights, carried, aggregator)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_overflow_far_from_one():
+    ref, policy = torch.full((1, 3), -1.0), torch.full((2, 1, 3), -400.0)
+    scores = ops.chunk_scores(ref, policy, torch.ones(1, 2), None, torch.tensor([0], dtype=torch.int32), torch.ones(1))
+    expected = [math.log(2) - 399.0 * j for j in (1, 2, 3)]
+    torch.testing.assert_close(scores[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_values_are_named(backend):
+    ref, policy, weights = torch.zeros(2, 3), torch.zeros(2, 2, 3), torch.tensor([[1.0, -0.5], [1.0, -0.5]])
+    p, mixed = torch.ones(2), torch.tensor([1, 0], dtype=torch.int32)
+    with ops.use_backend(backend):
+        with pytest.raises(PersonafastError, match="`weights` of row 1 hold -0.5, but the linear rule needs 0 or more"):
+            ops.chunk_scores(ref, policy, weights, None, mixed, p)
+        with pytest.raises(PersonafastError, match=r"unknown code 7: known are 0 \(linear\), 1 \(geometric\)"):
+            ops.chunk_scores(ref, policy, weights, None, torch.tensor([1, 7], dtype=torch.int32), p)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref_logp": torch.zeros(2)}, r"`ref_logp` has shape \[2\]"),
+        ({"policy_logp": torch.zeros(2, 3)}, r"`policy_logp` has shape \[2, 3\]"),
+        ({"policy_logp": torch.zeros(2, 2, 4)}, r"`policy_logp` has shape \[2, 2, 4\], expected \[N, B, k\] = \[2, 2, 3\]"),
+        ({"weights": torch.zeros(2, 3)}, r"`weights` has shape \[2, 3\]"),
+        ({"carried": torch.zeros(1, 2)}, r"`carried` has shape \[1, 2\]"),
+        ({"aggregator": torch.zeros(2)}, "`aggregator` has dtype float32"),
+        ({"p": torch.ones(3)}, r"`p` has shape \[3\]"),
+        ({"ref_logp": torch.zeros(2, 3, requires_grad=True)}, "no gradient"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "ref_logp": torch.zeros(2, 3),
+        "policy_logp": torch.zeros(2, 2, 3),
+        "weights": torch.ones(2, 2),
+        "carried": None,
+        "aggregator": torch.zeros(2, dtype=torch.int32),
+        "p": torch.ones(2),
+    }
+    with pytest.raises(PersonafastError, match=message):
+        ops.chunk_scores(**{**good, **change})
