@@ -215,7 +215,7 @@ def _answer(
     replies = tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     stats = {
         "tokens_per_s": out.stats.tokens / seconds,
-        "forwards_per_token": out.stats.forwards / max(out.stats.tokens, 1),
+        "forwards_per_token": out.stats.forwards_per_token,
     }
     return [
         {"prompt": prompt, "reply": reply.strip(), "settings": settings, "stats": stats}

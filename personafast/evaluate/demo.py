@@ -128,7 +128,7 @@ def measure(
         "grammar", "tokens_per_s", "forwards_per_token", "samples": [{"prompt", "reply", "spans": {trait: [[start,
         end]]}}]}]}.
         Rates are shares of replies with 95 % Wilson limits; `settings["direct_minus_merge"]` is the difference of the
-        joint rates with Newcombe limits. A forward is one row of one model: blending N policies takes N + 1 a token.
+        joint rates with Newcombe limits. A forward is one row of one model.
 
     Raises:
         PersonafastError: an unknown trait, fewer than two traits, no question, no mask for the `mask` method.
@@ -208,7 +208,7 @@ def measure(
                     "joint": wilson(joint_counts[method.name], len(texts))._asdict(),
                     "grammar": sum(map(is_grammatical, texts)) / len(texts),
                     "tokens_per_s": out.stats.tokens / seconds,
-                    "forwards_per_token": out.stats.forwards / max(out.stats.tokens, 1),
+                    "forwards_per_token": out.stats.forwards_per_token,
                     "samples": [
                         {
                             "prompt": question,

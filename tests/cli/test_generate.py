@@ -52,11 +52,11 @@ def test_one_prompt_streams_what_it_would_print_at_once(ask, monkeypatch):
 
 
 def test_json_is_one_object_an_answer(ask, questions):
-    found = records(ask("--prompts-file", questions, "--policy", "formal=1", "--json"))
+    found = records(ask("--prompts-file", questions, "--policy", "formal=1", "--policy", "warm=1", "--json"))
     assert [record["prompt"] for record in found] == QUESTIONS
     assert {"prompt", "reply", "settings", "stats"} == set(found[0])
-    assert found[0]["settings"]["persona"]["policies"] == {"formal": 1.0}
-    assert found[0]["stats"]["forwards_per_token"] == pytest.approx(2)
+    assert found[0]["settings"]["persona"]["policies"] == {"formal": 1.0, "warm": 1.0}
+    assert found[0]["stats"]["forwards_per_token"] == pytest.approx(3)
 
 
 def test_a_jsonl_file_of_prompts(ask, tmp_path):
