@@ -22,9 +22,7 @@ class Aggregator(enum.IntEnum):
 _CODES = frozenset(int(code) for code in Aggregator)
 
 
-def check_members(
-    op: str, batch: object, members: object, weights: torch.Tensor, carried: torch.Tensor | None
-) -> None:
+def check_members(op: str, batch: object, members: object, weights: torch.Tensor, carried: torch.Tensor | None) -> None:
     """`weights` and `carried` must be [B, N] and floating."""
     check_float(op, "weights", weights)
     check_shape(op, "weights", weights, (batch, members), "[B, N]")

@@ -45,17 +45,13 @@ def _vectorised(
     return (stands * count).amax(1)
 
 
-def _run(
-    scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def _run(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     _validate(scores, log_bound, log_u, lengths)
     slow = _backend.pick(_OP, scores.device.type) == "reference"
     return (reference if slow else _vectorised)(scores, log_bound, log_u, lengths)
 
 
-def _fake(
-    scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
+def _fake(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     _validate(scores, log_bound, log_u, lengths)
     return lengths.new_empty(lengths.shape)
 

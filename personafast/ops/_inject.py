@@ -20,9 +20,7 @@ from personafast.ops._library import (
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _validate(
-    hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None
-) -> None:
+def _validate(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None) -> None:
     check_no_grad("inject_", hidden, bank, scale)
     check_dims("inject_", "hidden", hidden, 2, "[T, H]")
     check_float("inject_", "hidden", hidden)
@@ -37,9 +35,7 @@ def _validate(
         check_shape("inject_", "scale", scale, (rows,), "[T]")
 
 
-def reference(
-    hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None
-) -> None:
+def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     """The specification of `inject_` in plain torch: sums in fp32, one rounding to the dtype of `hidden`."""
     check_slot_range("inject_", "slots", slots, bank.shape[0])
     if bank.shape[0] == 0:
@@ -52,9 +48,7 @@ def reference(
     hidden.copy_(torch.where(steered[:, None], (hidden.to(wide) + added).to(hidden.dtype), hidden))
 
 
-def _run(
-    hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None
-) -> None:
+def _run(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     _validate(hidden, bank, slots, scale)
     backend = _backend.pick("inject_", hidden.device.type)
     if backend == "cpu":
@@ -92,9 +86,7 @@ def _run(
     reference(hidden, bank, slots, scale)
 
 
-def _fake(
-    hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None
-) -> None:
+def _fake(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     _validate(hidden, bank, slots, scale)
 
 

@@ -88,7 +88,10 @@ def test_bad_values_are_named(backend):
     [
         ({"ref_logp": torch.zeros(2)}, r"`ref_logp` has shape \[2\]"),
         ({"policy_logp": torch.zeros(2, 3)}, r"`policy_logp` has shape \[2, 3\]"),
-        ({"policy_logp": torch.zeros(2, 2, 4)}, r"`policy_logp` has shape \[2, 2, 4\], expected \[N, B, k\] = \[2, 2, 3\]"),
+        (
+            {"policy_logp": torch.zeros(2, 2, 4)},
+            r"`policy_logp` has shape \[2, 2, 4\], expected \[N, B, k\] = \[2, 2, 3\]",
+        ),
         ({"weights": torch.zeros(2, 3)}, r"`weights` has shape \[2, 3\]"),
         ({"carried": torch.zeros(1, 2)}, r"`carried` has shape \[1, 2\]"),
         ({"aggregator": torch.zeros(2)}, "`aggregator` has dtype float32"),

@@ -61,7 +61,20 @@ def test_kernel_gives_the_bits_of_the_reference(rows, width, bank_rows, dtype, w
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_rounds_as_torch_does(dtype):
     pytest.importorskip("personafast._C")
-    values = [0.0, -0.0, 1e-8, 6e-8, 1e-40, 65504.0, 65519.9, 65520.0, 3.3e38, float("inf"), float("-inf"), float("nan")]
+    values = [
+        0.0,
+        -0.0,
+        1e-8,
+        6e-8,
+        1e-40,
+        65504.0,
+        65519.9,
+        65520.0,
+        3.3e38,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+    ]
     ties = torch.tensor(values + [1 + i / 4096 for i in range(64)] + [2.0**-24 * i / 4 for i in range(64)])
     hidden, plain = torch.zeros(1, len(ties), dtype=dtype), torch.zeros(1, len(ties), dtype=dtype)
     slots = torch.zeros(1, dtype=torch.int32)

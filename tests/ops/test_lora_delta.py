@@ -79,7 +79,9 @@ def test_nothing_is_read_beyond_a_rank():
     for m, r in enumerate(ranks.tolist()):
         A[m, r:] = float("nan")
         B[m, :, r:] = 1e30
-    torch.testing.assert_close(ops.lora_delta_(out, x, A, B, slots, scale, ranks).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ops.lora_delta_(out, x, A, B, slots, scale, ranks).double(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_transposed_storage_of_b_gives_the_same():

@@ -145,7 +145,9 @@ def test_no_personas_is_the_dense_layer():
     masks, slots = torch.empty(0, 4, 1, dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
     for backend in ("auto", "reference"):
         with ops.use_backend(backend):
-            torch.testing.assert_close(ops.masked_linear(x, weight, masks, slots, None, bias), F.linear(x, weight, bias))
+            torch.testing.assert_close(
+                ops.masked_linear(x, weight, masks, slots, None, bias), F.linear(x, weight, bias)
+            )
 
 
 def test_a_backend_asked_for_by_name_does_not_fall_back():

@@ -38,9 +38,7 @@ def test_layout_of_key_and_counter():
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    rows=st.lists(st.tuples(INT64, INT64), max_size=5), stream=st.integers(0, 2**32 - 1), n=st.integers(0, 5)
-)
+@given(rows=st.lists(st.tuples(INT64, INT64), max_size=5), stream=st.integers(0, 2**32 - 1), n=st.integers(0, 5))
 def test_cpp_gives_the_bits_of_torch(rows, stream, n):
     pytest.importorskip("personafast._C")
     seeds, positions = (torch.tensor([row[i] for row in rows], dtype=torch.int64) for i in (0, 1))
@@ -89,7 +87,10 @@ def test_the_ends_are_never_reached():
     ("change", "message"),
     [
         ({"seeds": torch.zeros(2)}, "`seeds` has dtype float32"),
-        ({"seeds": torch.zeros(2, 1, dtype=torch.int64), "positions": torch.zeros(2, 1, dtype=torch.int64)}, r"\[2, 1\]"),
+        (
+            {"seeds": torch.zeros(2, 1, dtype=torch.int64), "positions": torch.zeros(2, 1, dtype=torch.int64)},
+            r"\[2, 1\]",
+        ),
         ({"positions": torch.zeros(3, dtype=torch.int64)}, r"`positions` has shape \[3\]"),
         ({"stream": -1}, "`stream` is -1"),
         ({"stream": 2**32}, "`stream` is 4294967296"),

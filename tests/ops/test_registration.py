@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from personafast import ops
+from personafast.errors import PersonafastError
 from personafast.ops import _backend
 
 
@@ -106,5 +107,5 @@ def test_compiled_code_refuses_gradients_too():
 def test_fakes_check_shapes():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), pytest.raises(ops._backend.PersonafastError, match="`bank` has shape"):
+    with FakeTensorMode(), pytest.raises(PersonafastError, match="`bank` has shape"):
         ops.inject_(torch.zeros(2, 3), torch.zeros(1, 4), torch.zeros(2, dtype=torch.int32))
