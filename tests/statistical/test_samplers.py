@@ -10,23 +10,27 @@ from personafast.density.scr import ScrOptions, sample_scr
 from personafast.density.transcript import Transcript
 
 SAMPLES = 1_000_000
+BATCH = 125_000  # tables and draws of one batch stay in the cache
 TABLES = Tables(policies=2)
 
 
-def draws(rows, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return Draws(torch.randint(2**62, (rows,), generator=generator))
+def draws(rows, seed, kind=Draws):
+    return kind(torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed)))
 
 
-def texts(sampler, rows, tables=TABLES, **more):
-    """Codes of the sampled texts, and the transcript."""
-    transcript = Transcript(torch.zeros(rows, 1, dtype=torch.long), tables.length, eos=())
-    sampler(TableScorer(tables, rows), transcript, **more)
-    tokens = transcript.sequences(0)[:, 1:]
-    code = torch.zeros(rows, dtype=torch.long)
-    for j in range(tables.length):
-        code = code * tables.vocab + tokens[:, j]
-    return code, transcript
+def texts(sampler, seed, weights, aggregator, *, tables=TABLES, rows=SAMPLES, min_p=0.0, t=1.0, kind=Draws, **more):
+    """Codes of the sampled texts, and the statistics of the last batch."""
+    codes = []
+    for start in range(0, rows, BATCH):
+        transcript = Transcript(torch.zeros(BATCH, 1, dtype=torch.long), tables.length, eos=())
+        of_batch = draws(BATCH, seed * rows + start, kind)
+        sampler(TableScorer(tables, BATCH), transcript, rule(BATCH, weights, aggregator, min_p, t), of_batch, **more)
+        tokens = transcript.sequences(0)[:, 1:]
+        code = torch.zeros(BATCH, dtype=torch.long)
+        for j in range(tables.length):
+            code = code * tables.vocab + tokens[:, j]
+        codes.append(code)
+    return torch.cat(codes), transcript.stats
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -42,9 +46,7 @@ def texts(sampler, rows, tables=TABLES, **more):
 )
 def test_direct_draws_the_token_level_target(aggregator, weights, min_p, temperature, seed):
     expected = TABLES.joint(rule(1, weights, aggregator, min_p, temperature))
-    code, _ = texts(
-        sample_direct, SAMPLES, rule=rule(SAMPLES, weights, aggregator, min_p, temperature), draws=draws(SAMPLES, seed)
-    )
+    code, _ = texts(sample_direct, seed, weights, aggregator, min_p=min_p, t=temperature)
     assert p_value(code, expected) > 1e-3
     assert total_variation(code, expected) < 0.008
 
@@ -52,7 +54,7 @@ def test_direct_draws_the_token_level_target(aggregator, weights, min_p, tempera
 def test_a_wrong_target_is_caught():
     """Positive control: a weight off by 2 % must fail the same test."""
     expected = TABLES.joint(rule(1, [1.0, 1.02], "geometric"))
-    code, _ = texts(sample_direct, SAMPLES, rule=rule(SAMPLES, [1.0, 1.0], "geometric"), draws=draws(SAMPLES, 1))
+    code, _ = texts(sample_direct, 1, [1.0, 1.0], "geometric")
     assert p_value(code, expected) < 1e-6
 
 
@@ -64,8 +66,7 @@ def test_a_reused_uniform_is_caught():
             return super().uniform(stream, torch.zeros_like(positions), n)
 
     expected = TABLES.joint(rule(1, [1.0, 1.0], "geometric"))
-    bad = Reused(torch.randint(2**62, (SAMPLES,), generator=torch.Generator().manual_seed(1)))
-    code, _ = texts(sample_direct, SAMPLES, rule=rule(SAMPLES, [1.0, 1.0], "geometric"), draws=bad)
+    code, _ = texts(sample_direct, 1, [1.0, 1.0], "geometric", kind=Reused)
     assert p_value(code, expected) < 1e-6
 
 
@@ -73,9 +74,7 @@ def test_carried_weights_give_the_sequence_level_mixture():
     """With carry, a text is one draw from sum_i alpha_i pi_i over whole texts."""
     policies = [TABLES.joint(rule(1, weights, "linear")) for weights in ([1.0, 0.0], [0.0, 1.0])]
     expected = 0.3 * policies[0] + 0.7 * policies[1]
-    code, _ = texts(
-        sample_direct, SAMPLES, rule=rule(SAMPLES, [0.3, 0.7], "linear"), draws=draws(SAMPLES, 1), carry=True
-    )
+    code, _ = texts(sample_direct, 1, [0.3, 0.7], "linear", carry=True)
     assert p_value(code, expected) > 1e-3
     reset = TABLES.joint(rule(1, [0.3, 0.7], "linear"))
     assert p_value(code, reset) < 1e-6
@@ -86,32 +85,18 @@ def test_scr_of_one_token_with_identical_policies_is_the_reference():
     same = Tables(policies=1, seed=3)
     same.logits[1] = same.logits[0]
     expected = same.joint(rule(1, [1.0], "linear"))
-    code, transcript = texts(
-        sample_scr,
-        SAMPLES,
-        same,
-        rule=rule(SAMPLES, [1.0], "linear"),
-        draws=draws(SAMPLES, 4),
-        options=ScrOptions(chunk=2, gamma=1.0, warmup=1),
-    )
+    code, stats = texts(sample_scr, 4, [1.0], "linear", tables=same, options=ScrOptions(2, gamma=1.0, warmup=1))
     assert p_value(code, expected) > 1e-3
-    assert transcript.stats.acceptance > 0.99
+    assert stats.acceptance > 0.99
 
 
 def test_scr_is_close_to_its_target_and_not_exact():
     """Single tokens, where the chunk-level target is the token-level one: the estimated bound leaves a bias."""
     weights, near = [0.6, 0.4], Tables(policies=2, vocab=3, length=6, near=0.5)
     expected = near.joint(rule(1, weights, "linear"))
-    code, transcript = texts(
-        sample_scr,
-        SAMPLES,
-        near,
-        rule=rule(SAMPLES, weights, "linear"),
-        draws=draws(SAMPLES, 5),
-        options=ScrOptions(chunk=1),
-    )
+    code, stats = texts(sample_scr, 5, weights, "linear", tables=near, options=ScrOptions(chunk=1))
     bias = total_variation(code, expected)
-    print(f"scr, k = 1: TV {bias:.3f}, clipped {transcript.stats.clipped_mass:.3f}")
+    print(f"scr, k = 1: TV {bias:.3f}, clipped {stats.clipped_mass:.3f}")
     assert p_value(code, expected) < 1e-6, "scr has become exact: say so in the docs"
     reference = near.joint(rule(1, [0.0, 0.0], "linear"))
     assert bias < 0.5 * total_variation(code, reference)
