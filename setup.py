@@ -47,6 +47,7 @@ setup(
     packages=[*find_packages(include=["personafast", "personafast.*"]), "personafast._triton"],
     package_dir={"personafast._triton": "triton_kernels"},
     package_data={"personafast": ["py.typed", "zoo/data/**/*"]},
+    include_package_data=False,
     ext_modules=[CMakeExtension("personafast._C")],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

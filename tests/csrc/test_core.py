@@ -100,9 +100,22 @@ def test_kernel_writes_every_output_and_nothing_else(dtype):
     masks, slots = torch.full((1, 7, 2), -1, dtype=torch.int32), torch.tensor([0, -1, 0], dtype=torch.int32)
     out = torch.full((5, 7), float("nan"), dtype=kind)
     wrong = core.masked_linear(
-        out[1:4].data_ptr(), x.data_ptr(), 33, weight.data_ptr(), 33, masks.data_ptr(), slots.data_ptr(), 0, 0, 3, 7, 33,
-        1, dtype, 2,
-    )  # fmt: skip
+        out[1:4].data_ptr(),
+        x.data_ptr(),
+        33,
+        weight.data_ptr(),
+        33,
+        masks.data_ptr(),
+        slots.data_ptr(),
+        0,
+        0,
+        3,
+        7,
+        33,
+        1,
+        dtype,
+        2,
+    )
     assert wrong == -1
     assert not out[1:4].isnan().any() and out[0].isnan().all() and out[4].isnan().all()
 
