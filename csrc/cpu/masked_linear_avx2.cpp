@@ -92,6 +92,7 @@ void block(const MaskedLinearArgs& a, int64_t o, int64_t t0) {
       }
     }
   }
+#pragma GCC unroll 2
   for (int t = 0; t < T; ++t) {
     float y = total(kept[t]);
     if constexpr (Soft) {

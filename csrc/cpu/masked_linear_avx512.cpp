@@ -11,6 +11,9 @@ namespace {
 // Batch rows whose sums are in registers at one time: 4 rows x 2 chains, twice over where gamma is not 0.
 constexpr int kRows = 4;
 
+// The mask of a dense row, read again and again.
+constexpr int32_t kDense = -1;
+
 template <Dtype D>
 __m512 load(const void* base, int64_t i, __mmask16 m) {
   if constexpr (D == Dtype::f32) {
@@ -96,24 +99,36 @@ void block(const MaskedLinearArgs& a, int64_t o, int64_t t0) {
   const char* weight = static_cast<const char*>(a.weight) + o * a.weight_stride * kBytes;
   const void* x[T];
   const int32_t* mask[T];
+  int64_t step[T];
   for (int t = 0; t < T; ++t) {
     const int64_t slot = a.slots[t0 + t];
     x[t] = static_cast<const char*>(a.x) + (t0 + t) * a.x_stride * kBytes;
-    mask[t] = slot < 0 ? nullptr : a.masks + (slot * a.outputs + o) * words;
+    mask[t] = slot < 0 ? &kDense : a.masks + (slot * a.outputs + o) * words;
+    step[t] = slot < 0 ? 0 : 1;
   }
   Block<D, T, Soft> sum = {};
   uint32_t bits[T];
+  const auto fetch = [&](int64_t w) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) bits[t] = static_cast<uint32_t>(mask[t][w * step[t]]);
+  };
   int64_t w = 0;
-  for (; w + 1 < words; w += 2) {
-    for (int t = 0; t < T; ++t) bits[t] = mask[t] ? static_cast<uint32_t>(mask[t][w]) : 0xffffffffu;
+  for (; 32 * w + 64 <= a.features; w += 2) {
+    fetch(w);
     sum.template word<0>(weight, x, bits, 32 * w, 32);
-    for (int t = 0; t < T; ++t) bits[t] = mask[t] ? static_cast<uint32_t>(mask[t][w + 1]) : 0xffffffffu;
-    sum.template word<1>(weight, x, bits, 32 * w + 32, a.features - 32 * w - 32);
+    fetch(w + 1);
+    sum.template word<1>(weight, x, bits, 32 * w + 32, 32);
   }
   if (w < words) {
-    for (int t = 0; t < T; ++t) bits[t] = mask[t] ? static_cast<uint32_t>(mask[t][w]) : 0xffffffffu;
+    fetch(w);
     sum.template word<0>(weight, x, bits, 32 * w, a.features - 32 * w);
   }
+  if (w + 1 < words) {
+    fetch(w + 1);
+    sum.template word<1>(weight, x, bits, 32 * w + 32, a.features - 32 * w - 32);
+  }
+  // Unrolled like every loop over t: a variable index would keep the sums in memory.
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
     float y = _mm512_reduce_add_ps(_mm512_add_ps(sum.kept[t][0], sum.kept[t][1]));
     if constexpr (Soft) {

@@ -90,8 +90,8 @@ def _stacked(
     out.addmm_(inner.flatten(1), B.transpose(1, 2).reshape(adapters * rank, -1))
 
 
-def _one(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(out, ((x @ a.T) * scale).to(x.dtype), b.T)
+def _inner(x: torch.Tensor, a: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return ((x @ a.T) * scale).to(x.dtype)
 
 
 def _grouped(
@@ -110,8 +110,8 @@ def _grouped(
         if adapter >= 0:
             rank = sizes[adapter]
             rows = (slots == adapter).nonzero()[:, 0]
-            y = _one(out[rows], x[rows], A[adapter, :rank], B[adapter, :, :rank], scale[adapter])
-            out.index_copy_(0, rows, y)
+            inner = _inner(x[rows], A[adapter, :rank], scale[adapter])
+            out.index_copy_(0, rows, torch.addmm(out[rows], inner, B[adapter, :, :rank].T))
 
 
 def _run(
@@ -137,7 +137,7 @@ def _run(
     if lowest == highest:
         if lowest >= 0:
             rank = int(ranks[lowest])
-            out.copy_(_one(out, x, A[lowest, :rank], B[lowest, :, :rank], scale[lowest]))
+            out.addmm_(_inner(x, A[lowest, :rank], scale[lowest]), B[lowest, :, :rank].T)
     elif A.shape[0] * A.shape[1] <= STACKED_RANKS:
         _stacked(out, x, A, B, slots, scale, ranks)
     else:
