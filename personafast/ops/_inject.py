@@ -29,7 +29,7 @@ def _validate(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, sca
         fail("inject_", f"`bank` has shape {list(bank.shape)}, expected [S, H] with H = {width} as in `hidden`")
     if bank.dtype != hidden.dtype and bank.dtype != torch.float32:
         check_dtype("inject_", "bank", bank, hidden.dtype, torch.float32)
-    check_slots("inject_", "slots", slots, rows, bank.shape[0])
+    check_slots("inject_", "slots", slots, rows)
     if scale is not None:
         check_dtype("inject_", "scale", scale, torch.float32)
         check_shape("inject_", "scale", scale, (rows,), "[T]")

@@ -74,17 +74,17 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
         check_dtype(op, name, tensor, *FLOATS)
 
 
-def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any, count: Any) -> None:
-    """`slots` must be int32 [T]; on a CPU every value must lie in [-1, count).
-
-    On a GPU reading the values would wait for the device, so there the kernels leave a row of a wrong slot alone.
-    """
+def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any) -> None:
+    """`slots` must be int32 [T]."""
     check_dtype(op, name, slots, torch.int32)
     check_shape(op, name, slots, (rows,), "[T]")
 
 
 def check_slot_range(op: str, name: str, slots: torch.Tensor, count: int) -> list[int] | None:
-    """The values of `slots` as a list, each checked to lie in [-1, count); None on a GPU, where nothing is read."""
+    """The values of `slots` as a list, each checked to lie in [-1, count).
+
+    None on a GPU: reading the values would wait for the device, so there the kernels leave a row of a wrong slot alone.
+    """
     if slots.device.type != "cpu":
         return None
     values: list[int] = slots.tolist()

@@ -44,7 +44,7 @@ def _validate(
     for name, tensor in (("out", out), ("A", A), ("B", B)):
         if tensor.dtype != x.dtype:
             check_dtype(op, name, tensor, x.dtype)
-    check_slots(op, "slots", slots, rows, A.shape[0])
+    check_slots(op, "slots", slots, rows)
     check_dtype(op, "scale", scale, torch.float32)
     check_shape(op, "scale", scale, (A.shape[0],), "[M]")
     check_dtype(op, "ranks", ranks, torch.int32)

@@ -47,7 +47,7 @@ def _validate(
         expected = f"[P, {weight.shape[0]}, {words(features)}]"
         fail(op, f"`masks` has shape {list(masks.shape)}, expected [P, O, ceil(I / 32)] = {expected}")
     check_dtype(op, "masks", masks, torch.int32)
-    check_slots(op, "slots", slots, rows, masks.shape[0])
+    check_slots(op, "slots", slots, rows)
     if gamma is not None:
         check_dtype(op, "gamma", gamma, torch.float32)
         check_shape(op, "gamma", gamma, (masks.shape[0],), "[P]")

@@ -24,28 +24,29 @@ def test_known_answers(counter, key, result):
     assert torch.equal(philox.philox4x32(words(counter), words(key)), words(result))
 
 
-def test_layout_of_key_and_counter():
-    counter, key, result = (words(text).tolist() for text in KNOWN[2])
-    seed, position = (low | high << 32 for low, high in (key, counter[:2]))
-    signed = [value - 2**64 if value >= 2**63 else value for value in (seed, position)]
-    # The last counter word is the block, which is far too large here: ask for the block alone, in the reference's way.
-    blocks = torch.tensor(result)
-    got = philox.philox4x32(
-        torch.tensor([signed[1] & 0xFFFFFFFF, (signed[1] >> 32) & 0xFFFFFFFF, *counter[2:]]),
-        torch.tensor([signed[0] & 0xFFFFFFFF, (signed[0] >> 32) & 0xFFFFFFFF]),
-    )
-    assert torch.equal(got, blocks)
+def by_hand(seed, position, stream, i):
+    """The i-th number of a row, in Python's integers."""
+    mask = 2**32 - 1
+    c = [position & mask, position >> 32 & mask, stream, i // 2]
+    k = [seed & mask, seed >> 32 & mask]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & mask, a >> 32 ^ c[3] ^ k[1], a & mask]
+        k = [k[0] + 0x9E3779B9 & mask, k[1] + 0xBB67AE85 & mask]
+    high, low = c[i % 2 * 2 : i % 2 * 2 + 2]
+    return (2 * ((high >> 6) * 2**26 + (low >> 6)) + 1) / 2**53
 
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(st.tuples(INT64, INT64), max_size=5), stream=st.integers(0, 2**32 - 1), n=st.integers(0, 5))
-def test_cpp_gives_the_bits_of_torch(rows, stream, n):
+def test_cpp_and_torch_give_the_bits_of_the_definition(rows, stream, n):
     pytest.importorskip("personafast._C")
     seeds, positions = (torch.tensor([row[i] for row in rows], dtype=torch.int64) for i in (0, 1))
     fast = philox.uniform(seeds, positions, stream, n)
     assert fast.shape == (len(rows), n) and fast.dtype == torch.float64
     with use_backend("reference"):
         assert torch.equal(fast, philox.uniform(seeds, positions, stream, n))
+    assert fast.tolist() == [[by_hand(seed, position, stream, i) for i in range(n)] for seed, position in rows]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -77,10 +78,11 @@ def test_uniform_over_seeds_positions_and_within_a_row():
     assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 5 / count**0.5
 
 
-def test_the_ends_are_never_reached():
-    # 26 + 26 bits all clear or all set give the smallest and the largest number there is.
-    assert (2 * 0 + 1) * 2.0**-53 > 0
-    assert (2 * (2**52 - 1) + 1) * 2.0**-53 < 1
+@pytest.mark.parametrize(("word", "expected"), [(0, 2.0**-53), (2**32 - 1, 1 - 2.0**-53)])
+def test_the_ends_are_never_reached(word, expected, monkeypatch):
+    monkeypatch.setattr(philox, "philox4x32", lambda counter, key: torch.full_like(counter, word))
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert philox.reference(zero, zero, 0, 2).tolist() == [[expected, expected]]
 
 
 @pytest.mark.parametrize(
