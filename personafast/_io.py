@@ -35,8 +35,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     if not path.is_file():
         raise FormatError(f"{path}: no such file; check the path")
     with path.open("rb") as file:
-        head = file.read(4)
-    if head.startswith(_PICKLE_MAGIC):
+        head = file.read(9)
+    # A safetensors file begins with the length of its JSON header, whose bytes can look like a pickle's first ones.
+    if head.startswith(_PICKLE_MAGIC) and head[8:] != b"{":
         raise FormatError(f"{path}: this is a pickle (torch.save), which can run code; convert it to safetensors first")
     try:
         with safe_open(path, framework="pt") as file:

@@ -71,6 +71,16 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_header_length_that_looks_like_a_pickle_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for padding in range(0x280):
+        _io.write_safetensors(path, {"a": torch.ones(1)}, {"p": "x" * padding})
+        if path.read_bytes().startswith(b"\x80\x02"):
+            break
+    assert path.read_bytes().startswith(b"\x80\x02")
+    assert torch.equal(_io.read_safetensors(path)[0]["a"], torch.ones(1))
+
+
 def edit_index(folder, change):
     index = json.loads((folder / "library.json").read_text())
     change(index)
