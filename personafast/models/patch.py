@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,24 +20,6 @@ from personafast.errors import PersonafastError, UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
 
 NOBODY = -1
-
-
-@dataclass(frozen=True)
-class RowSlots:
-    """Slots of the rows of one forward pass, each int32 [R] on the CPU; -1 leaves a row alone."""
-
-    vectors: torch.Tensor
-    masks: torch.Tensor
-    adapters: torch.Tensor
-
-    @classmethod
-    def of(cls, vectors: Sequence[int], masks: Sequence[int], adapters: Sequence[int]) -> RowSlots:
-        """From plain integers."""
-        return cls(*(torch.tensor(list(slots), dtype=torch.int32) for slots in (vectors, masks, adapters)))
-
-    def select(self, rows: torch.Tensor) -> RowSlots:
-        """The slots of some of the rows."""
-        return RowSlots(self.vectors[rows], self.masks[rows], self.adapters[rows])
 
 
 class _TokenSlots:
@@ -57,6 +40,33 @@ class _TokenSlots:
                 )
             self._spread[key] = self._rows.repeat_interleave(batch // rows * length).to(device)
         return self._spread[key]
+
+
+@dataclass(frozen=True)
+class RowSlots:
+    """Slots of the rows of a batch, each int32 [R] on the CPU; -1 leaves a row alone.
+
+    Spread over tokens they are kept with the object, so that all steps of a decoding loop share one tensor a kind.
+    """
+
+    vectors: torch.Tensor
+    masks: torch.Tensor
+    adapters: torch.Tensor
+
+    @classmethod
+    def of(cls, vectors: Sequence[int], masks: Sequence[int], adapters: Sequence[int]) -> RowSlots:
+        """From plain integers."""
+        return cls(*(torch.tensor(list(slots), dtype=torch.int32) for slots in (vectors, masks, adapters)))
+
+    def select(self, rows: torch.Tensor) -> RowSlots:
+        """The slots of some of the rows."""
+        return RowSlots(self.vectors[rows], self.masks[rows], self.adapters[rows])
+
+    @cached_property
+    def by_kind(self) -> dict[str, _TokenSlots]:
+        """The kinds that any row uses."""
+        kinds = {"vectors": self.vectors, "masks": self.masks, "adapters": self.adapters}
+        return {kind: _TokenSlots(slots) for kind, slots in kinds.items() if bool((slots != NOBODY).any())}
 
 
 class VectorBank:
@@ -201,11 +211,7 @@ class Patch:
     def rows(self, slots: RowSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
         before = self._now
-        self._now = {
-            kind: _TokenSlots(values)
-            for kind, values in (("vectors", slots.vectors), ("masks", slots.masks), ("adapters", slots.adapters))
-            if bool((values != NOBODY).any())
-        }
+        self._now = slots.by_kind
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from personafast.ops import _backend
+from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
     check_dims,
     check_dtype,
@@ -17,8 +18,9 @@ from personafast.ops._library import (
     register,
 )
 
-# Rows of stacked adapters (M * R) up to which projecting every row on all of them costs less than sorting the rows out.
-STACKED_RANKS = 256
+# Projecting every row on all adapters (M * R rows of A) costs less than one pair of products an adapter as long as both
+# the rows and the stacked ranks are few.
+STACKED_ROWS, STACKED_RANKS = 32, 256
 
 
 def _validate(
@@ -90,28 +92,26 @@ def _stacked(
     out.addmm_(inner.flatten(1), B.transpose(1, 2).reshape(adapters * rank, -1))
 
 
-def _inner(x: torch.Tensor, a: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return ((x @ a.T) * scale).to(x.dtype)
-
-
 def _grouped(
     out: torch.Tensor,
     x: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
-    values: list[int],
-    slots: torch.Tensor,
+    groups: Groups,
     scale: torch.Tensor,
     ranks: torch.Tensor,
 ) -> None:
     """Two matrix products for each distinct adapter in use."""
     sizes = ranks.tolist()
-    for adapter in sorted(set(values)):
+    for adapter, rows in groups:
         if adapter >= 0:
             rank = sizes[adapter]
-            rows = (slots == adapter).nonzero()[:, 0]
-            inner = _inner(x[rows], A[adapter, :rank], scale[adapter])
-            out.index_copy_(0, rows, torch.addmm(out[rows], inner, B[adapter, :, :rank].T))
+            inner = ((x[rows] @ A[adapter, :rank].T) * scale[adapter]).to(x.dtype)
+            b = B[adapter, :, :rank].T
+            if isinstance(rows, slice):
+                out[rows].addmm_(inner, b)
+            else:
+                out.index_copy_(0, rows, torch.addmm(out[rows], inner, b))
 
 
 def _run(
@@ -127,21 +127,14 @@ def _run(
     if _backend.pick("lora_delta_", x.device.type) == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
-    values = check_slot_range("lora_delta_", "slots", slots, A.shape[0])
+    groups = row_groups("lora_delta_", slots, A.shape[0]) if x.device.type == "cpu" else None
     if A.shape[0] == 0 or x.shape[0] == 0:
         return
-    if values is None:
-        _stacked(out, x, A, B, slots, scale, ranks)
-        return
-    lowest, highest = min(values), max(values)
-    if lowest == highest:
-        if lowest >= 0:
-            rank = int(ranks[lowest])
-            out.addmm_(_inner(x, A[lowest, :rank], scale[lowest]), B[lowest, :, :rank].T)
-    elif A.shape[0] * A.shape[1] <= STACKED_RANKS:
+    few = x.shape[0] <= STACKED_ROWS and A.shape[0] * A.shape[1] <= STACKED_RANKS
+    if groups is None or (few and len(groups) > 2):
         _stacked(out, x, A, B, slots, scale, ranks)
     else:
-        _grouped(out, x, A, B, values, slots, scale, ranks)
+        _grouped(out, x, A, B, groups, scale, ranks)
 
 
 def _fake(
@@ -175,8 +168,9 @@ def lora_delta_(
     """Add each row's own low-rank update to the output of a linear layer, in place (LoRA, arXiv 2106.09685, eq. 3).
 
     out[t] += scale[m] * B[m, :, :r] A[m, :r] x[t] with m = slots[t] and r = ranks[m]; m = -1 leaves the row alone.
-    Rows of different adapters may come in any order. Up to M R = 256 all adapters are one pair of matrix products;
-    a B stored as the transposed view of an [M, R, O] tensor spares a copy there.
+    Rows of different adapters may come in any order. Up to 32 rows and M R = 256 all adapters are one pair of matrix
+    products; above there is one pair for each adapter in use, without copies where its rows lie side by side. A B
+    stored as the transposed view of an [M, R, O] tensor is read as it is.
 
     Args:
         out: [T, O] in the dtype of `x`; rows may be strided. Changed in place.

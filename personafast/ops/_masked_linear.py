@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from personafast.ops import _backend
+from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
     check_dims,
     check_dtype,
@@ -87,10 +88,13 @@ def _grouped(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """One F.linear for each distinct slot in use, with its mask unpacked and multiplied in once."""
-    values = check_slot_range("masked_linear", "slots", slots, masks.shape[0])
-    used = sorted(set(values)) if values is not None else slots.unique().tolist()
-    out: torch.Tensor | None = None
-    for slot in used:
+    groups: Groups
+    if slots.device.type == "cpu":
+        groups = row_groups("masked_linear", slots, masks.shape[0])
+    else:
+        groups = [(slot, (slots == slot).nonzero()[:, 0]) for slot in slots.unique().tolist()]
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    for slot, rows in groups:
         masked = weight
         if 0 <= slot < masks.shape[0]:
             kept = unpack(masks[slot], x.shape[1])
@@ -98,13 +102,10 @@ def _grouped(
                 masked = weight * kept
             else:
                 masked = torch.where(kept, weight, (weight * gamma[slot]).to(weight.dtype))
-        if len(used) == 1:
+        if len(groups) == 1:
             return F.linear(x, masked, bias)
-        rows = (slots == slot).nonzero()[:, 0]
-        if out is None:
-            out = x.new_empty((x.shape[0], weight.shape[0]))
-        out.index_copy_(0, rows, F.linear(x.index_select(0, rows), masked, bias))
-    return x.new_empty((0, weight.shape[0])) if out is None else out
+        out[rows] = F.linear(x[rows], masked, bias)
+    return out
 
 
 def _kernel_refuses(x: torch.Tensor, weight: torch.Tensor) -> str | None:

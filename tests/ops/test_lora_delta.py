@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from personafast import ops
 from personafast.errors import PersonafastError
 from personafast.ops import _lora_delta
+from personafast.ops._groups import row_groups
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -46,7 +47,8 @@ def test_every_form_is_the_formula(rows, features, outputs, adapters, rank, seed
     forms = [ops.lora_delta_, _lora_delta.reference]
     if adapters:
         forms.append(_lora_delta._stacked)
-        forms.append(lambda out, x, A, B, slots, s, r: _lora_delta._grouped(out, x, A, B, slots.tolist(), slots, s, r))
+        groups = row_groups("lora_delta_", args[4], adapters)
+        forms.append(lambda out, x, A, B, slots, s, r: _lora_delta._grouped(out, x, A, B, groups, s, r))
     for form in forms:
         out = args[0].clone()
         form(out, *args[1:])
@@ -126,3 +128,24 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(PersonafastError, match=message):
         ops.lora_delta_(**{**good, **change})
+
+
+def test_groups_follow_slots_that_change_in_place_or_are_freed():
+    def seen(slots, count=3):
+        return [(slot, slots[rows].tolist()) for slot, rows in row_groups("lora_delta_", slots, count)]
+
+    slots = torch.tensor([0, 0, 2, -1, 2], dtype=torch.int32)
+    assert seen(slots) == seen(slots) == [(-1, [-1]), (0, [0, 0]), (2, [2, 2])]
+    assert row_groups("lora_delta_", slots, 3) is row_groups("lora_delta_", slots, 3)
+    slots[0] = 1
+    assert seen(slots) == [(-1, [-1]), (0, [0]), (1, [1]), (2, [2, 2])]
+    with pytest.raises(PersonafastError, match="holds 2, but there are 2 slots"):
+        row_groups("lora_delta_", slots, 2)
+    for value in range(20):  # a new tensor may stand where a freed one stood
+        fresh = torch.full((3,), value, dtype=torch.int32)
+        assert seen(fresh, 20) == [(value, [value] * 3)]
+        del fresh
+    with torch.inference_mode():
+        slots = torch.tensor([0, 1], dtype=torch.int32)
+        slots[0] = 1
+        assert seen(slots) == [(1, [1, 1])]
