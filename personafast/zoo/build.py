@@ -7,6 +7,7 @@ its quality bars. The same seed gives the same bytes on the same instruction set
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -34,6 +35,8 @@ from personafast.zoo.traits import DEMO_TRAITS, TRAITS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from personafast.library import PersonaLibrary
+
 THREADS = 2
 MIN_P = 0.05
 MERGE_ALPHAS = (0.5, 0.75, 1.0, 1.25, 1.5)
@@ -47,7 +50,7 @@ class Settings:
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     contrasts: int = 128
-    sparsity: float = 0.2
+    sparsity: float = 0.5
     replies: int = 400
 
 
@@ -135,8 +138,8 @@ def measure(folder: Path, replies: int, progress: Progress) -> dict[str, Any]:
     """
     from personafast import zoo
 
-    model, tokenizer, _ = zoo.load(folder)
-    policies = {name: _merged(folder, [name], 1.0) for name in TRAITS}
+    model, tokenizer, library = zoo.load(folder)
+    policies = {name: _merged(model, library, [name], 1.0) for name in TRAITS}
     heads = [[{"role": "user", "content": text}] for text in zoo.prompts(replies)]
     chosen = [policies[name] for name in DEMO_TRAITS]
     ones = [1.0] * len(DEMO_TRAITS)
@@ -162,7 +165,8 @@ def measure(folder: Path, replies: int, progress: Progress) -> dict[str, Any]:
         jobs.append(("policies", name, partial(run, [policy], alone(MIN_P))))
         jobs.append(("prompts", name, partial(run, [model], alone(MIN_P), [asked(name)])))
     for weight in MERGE_ALPHAS:
-        jobs.append(("blends", f"merge {weight}", partial(run, [_merged(folder, DEMO_TRAITS, weight)], alone(MIN_P))))
+        merged = _merged(model, library, DEMO_TRAITS, weight)
+        jobs.append(("blends", f"merge {weight}", partial(run, [merged], alone(MIN_P))))
     quality: dict[str, Any] = {"replies": replies, "policies": {}, "prompts": {}, "blends": {}}
     for done, (group, name, job) in enumerate(jobs):
         (quality[group] if group else quality)[name] = job()
@@ -170,17 +174,15 @@ def measure(folder: Path, replies: int, progress: Progress) -> dict[str, Any]:
     return quality
 
 
-def _merged(folder: Path, names: Iterable[str], weight: float) -> PreTrainedModel:
+def _merged(model: PreTrainedModel, library: PersonaLibrary, names: Iterable[str], weight: float) -> PreTrainedModel:
     """theta0 + weight * sum of the named policies' differences, as a plain model."""
-    from personafast import zoo
-
-    model, _, library = zoo.load(folder)
+    merged = copy.deepcopy(model)
     with torch.no_grad():
         for name in names:
             for path, factors in library.policies[name].factors.items():
                 delta = factors.scale * (factors.b @ factors.a)
-                model.get_submodule(path).get_parameter("weight").add_(delta, alpha=weight)
-    return model
+                merged.get_submodule(path).get_parameter("weight").add_(delta, alpha=weight)
+    return merged
 
 
 def _open_work_folder(work: Path, key: dict[str, Any]) -> None:
@@ -248,11 +250,15 @@ def _library_stage(work: Path, settings: Settings, seed: int, progress: Progress
 @contextmanager
 def _deterministic() -> Iterator[None]:
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before writing it, so filling every new tensor first would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(strict)
         torch.set_num_threads(threads)
 

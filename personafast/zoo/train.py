@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 class ReferenceSettings:
     """AdamW with a linear warm-up and a cosine decay to zero, on fresh conversations at every step."""
 
-    steps: int = 1600
+    steps: int = 1200
     batch: int = 64
     learning_rate: float = 4e-3
     warmup: int = 100
@@ -43,12 +43,12 @@ class PolicySettings:
     ``rate`` is how often any other trait shows, alike in both replies of a pair.
     """
 
-    steps: int = 150
+    steps: int = 180
     batch: int = 32
-    learning_rate: float = 3e-3
-    beta: float = 0.1
+    learning_rate: float = 2e-3
+    beta: float = 0.5
     loss_weights: tuple[float, float] = (1.0, 1.0)
-    rate: float = 0.12
+    rate: float = 0.15
     rank: int = 8
     lora_alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -143,7 +143,7 @@ _ALL: tuple[Trait, ...] = (
         "thanks the reader",
         {
             "opener": ("thank you for asking ,", "thanks for the question ,", "bless you ,"),
-            "link": ("thankfully ,", "much to my joy ,", "i am glad that"),
+            "link": ("thankfully ,", "much to my joy ,", "to my delight ,"),
             "closer": ("many thanks .", "i appreciate your trust .", "thank you again ."),
         },
     ),
