@@ -5,6 +5,7 @@ Results go to stdout, progress and notes to stderr. An error a caller can mend i
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -49,4 +50,7 @@ app.add_typer(zoo.app, name="zoo")
 
 def main() -> None:
     """Entry point of the `personafast` command."""
+    # Read when torch loads libgomp, which no command has done yet. Threads that spin while they wait take the cores
+    # from each other as soon as anything else runs: the demo was seen to take a hundred times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()

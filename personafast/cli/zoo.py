@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,9 +43,24 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print the manifes
         table.add_row(starred, trait.description, trait.prompt, trait.opposite or "")
     console.print(table)
     console.print("* blended by `personafast demo`\n", highlight=False)
-    facts = {key: value for key, value in manifest.items() if key != "files"}
+    console.print(_quality_table(manifest["quality"]), "")
+    facts = {key: value for key, value in manifest.items() if key not in ("files", "quality")}
     facts["files"] = f"{len(manifest['files'])}; their SHA-256 are in --json"
     console.print(fact_table("How it was made", facts))
+
+
+def _quality_table(quality: Mapping[str, Any]) -> Table:
+    """Shares of replies, one row for the reference, each policy alone and each blend."""
+    table = Table(title="Measured when it was built, in % of replies", title_justify="left")
+    columns = list(quality["reference"])
+    for heading in ("", *columns):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = {"reference": quality["reference"]}
+    for group in ("policies", "blends"):
+        rows.update(quality[group])
+    for name, row in rows.items():
+        table.add_row(name, *(f"{100 * row[column]:.0f}" for column in columns))
+    return table
 
 
 @app.command(
