@@ -13,7 +13,7 @@ from personafast._io import atomic_path
 from personafast.cli.demo_text import FIGURE_COLOURS, WHY, colours, conditions, segments, verdict
 
 WIDTH = 14.0  # inches
-CHARACTERS = 150  # a line of sample text
+CHARACTERS = 160  # a line of sample text
 LINE = 0.19  # inches, the height of such a line
 INK, FAINT, ACCENT = "#1f2933", "#8a94a0", "#1c5fa8"
 
