@@ -35,7 +35,6 @@ class PersonaLibrary:
         >>> library = PersonaLibrary.from_pretrained("personas/")
         >>> sorted(library.policies)
         ['formal', 'warm']
-
     """
 
     def __init__(self, shape: ModelShape | None = None) -> None:
@@ -73,7 +72,6 @@ class PersonaLibrary:
 
         Raises:
             PersonafastError: NaN, a wrong shape, or a hidden size other than the library's.
-
         """
         _check_name("vector", name)
         if not isinstance(vector, PersonaVector):
@@ -95,7 +93,6 @@ class PersonaLibrary:
         Raises:
             FormatError: the folder does not hold a plain LoRA adapter.
             PersonafastError: a vocabulary other than the library's.
-
         """
         _check_name("policy", name)
         if not isinstance(policy, LoraPolicy):
@@ -153,15 +150,12 @@ class PersonaLibrary:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PersonaLibrary:
-        """Read a library folder.
+        """Read a library from its folder, or by `owner/name` from the Hub when there is no such folder.
 
         Raises:
             FormatError: a file is missing, truncated, a pickle, or does not hold what `library.json` says.
-
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FormatError(f"{folder}: no such folder; give the folder of a saved PersonaLibrary")
+        folder = _local(Path(folder))
         index = read_json(folder / _INDEX)
         if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
             raise FormatError(
@@ -246,6 +240,21 @@ class PersonaLibrary:
     def _fit_vector(self, name: str, vector: PersonaVector) -> None:
         if self.shape is not None:
             _fit(name, vector, self.shape)
+
+
+def _local(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    missing = f"{folder}: no such folder; give the folder of a saved PersonaLibrary"
+    # A relative path whose parent is here is a mistyped folder, not a repository.
+    if folder.is_absolute() or len(folder.parts) != 2 or folder.parent.exists() or folder.parts[0].startswith("."):
+        raise FormatError(missing)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder)))
+    except Exception as error:  # the Hub client's errors share no base class with the network's
+        raise FormatError(f"{missing} (and the Hub says: {str(error).splitlines()[0]})") from None
 
 
 def _check_name(what: str, name: str) -> None:

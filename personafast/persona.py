@@ -46,7 +46,6 @@ class Persona:
 
     Raises:
         PersonafastError: an empty name or text, a weight that is not finite, an unknown aggregator.
-
     """
 
     vectors: Mapping[str, float] = field(default_factory=dict)

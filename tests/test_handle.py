@@ -180,6 +180,18 @@ def test_one_policy_at_weight_one_is_that_policy_and_at_zero_the_reference(libra
     assert not torch.equal(expected, plain)
 
 
+def test_a_peft_wrapped_model_takes_personas(library, batch, tmp_path):
+    wrapped = peft_model(tiny.model(), library, tmp_path)
+    wrapped.set_adapter("warm")
+    plain = wrapped.generate(**single(batch, 0), max_new_tokens=NEW, do_sample=False)
+    vectors = pf.PersonaLibrary(library.shape)
+    vectors.add_vector("creative", library.vectors["creative"])
+    with pf.attach(wrapped, vectors) as handle:
+        steered = greedy(wrapped, handle, single(batch, 0), pf.Persona(vectors={"creative": 3.0}))
+        none = greedy(wrapped, handle, single(batch, 0), None)
+    assert torch.equal(none, plain) and not torch.equal(steered, plain)
+
+
 def test_merge_is_the_sum_of_the_weight_updates(net, library, batch):
     merged = copy.deepcopy(net)
     weights = {"formal": 0.8, "warm": 0.5}

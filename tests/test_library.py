@@ -123,6 +123,37 @@ def test_a_broken_folder_is_named_in_one_line(folder, damage, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_library_by_name_comes_from_the_hub(folder, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: {"owner/personas": str(folder)}[name])
+    assert "formal" in pf.PersonaLibrary.from_pretrained("owner/personas").policies
+    with pytest.raises(pf.FormatError, match="owner/other: no such folder.*the Hub says"):
+        pf.PersonaLibrary.from_pretrained("owner/other")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    for path in (folder / "x", "tests/x", "./x", "x"):
+        with pytest.raises(pf.FormatError, match="no such folder") as caught:
+            pf.PersonaLibrary.from_pretrained(path)
+        assert "Hub" not in str(caught.value)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(library, monkeypatch):
+    import huggingface_hub
+
+    seen = {}
+
+    class Api:
+        def create_repo(self, repo_id, **options):
+            return f"address/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            seen[repo_id] = pf.PersonaLibrary.from_pretrained(folder_path)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert library.push_to_hub("owner/personas", private=True) == "address/owner/personas"
+    assert set(seen["owner/personas"].policies) == set(library.policies)
+
+
 def test_vectors_are_checked_when_they_are_added(library):
     bad = torch.ones(tiny.BLOCKS, tiny.HIDDEN)
     bad[1, 3] = torch.nan

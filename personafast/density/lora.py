@@ -38,7 +38,6 @@ class LoraPolicy:
         factors: module path -> factors; ranks may differ between modules.
         config: the adapter's PEFT configuration.
         vocab_size: vocabulary of the model it was trained on, where known.
-
     """
 
     factors: Mapping[str, LoraFactors]
@@ -52,7 +51,6 @@ class LoraPolicy:
         Raises:
             FormatError: a file is missing, truncated or a pickle, or the adapter is not plain LoRA; the message names
                 the file and what to do.
-
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():

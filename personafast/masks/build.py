@@ -23,7 +23,6 @@ def calibrate(model: nn.Module, texts: Sequence[TokenizedText], *, batch_size: i
 
     Raises:
         PersonafastError: no texts.
-
     """
     if not texts:
         raise PersonafastError("texts: empty; give at least one calibration text")
@@ -63,7 +62,6 @@ def build_mask(model: nn.Module, statistics: Mapping[str, torch.Tensor], *, spar
 
     Raises:
         PersonafastError: a sparsity out of range, a path the model lacks, statistics of another width.
-
     """
     if not 0 <= sparsity < 1:
         raise PersonafastError(f"sparsity: {sparsity} is not in [0, 1)")

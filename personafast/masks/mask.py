@@ -22,7 +22,6 @@ class PersonaMask:
 
     Raises:
         PersonafastError: words whose shape does not fit `in_features`.
-
     """
 
     words: Mapping[str, torch.Tensor]
@@ -48,7 +47,6 @@ class PersonaMask:
 
         Raises:
             PersonafastError: masks over other linears or of other shapes.
-
         """
         words = {path: own.clone() for path, own in self.words.items()}
         for other in others:

@@ -30,7 +30,6 @@ class Anatomy:
         linears: dotted path -> linear layer inside the blocks, named as in the state dict of the model without any
             PEFT wrapping.
         shape: sizes that vectors, masks and policies are checked against.
-
     """
 
     blocks: tuple[nn.Module, ...]
@@ -100,7 +99,6 @@ def anatomy(model: nn.Module) -> Anatomy:
 
     Raises:
         UnsupportedModelError: naming the model's class, when the structure is not that of a decoder.
-
     """
     config = _text_config(model)
     hidden, count, vocab = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))

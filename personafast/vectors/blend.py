@@ -31,7 +31,6 @@ def blend(
 
     Raises:
         PersonafastError: no coefficients, an unknown name, shapes that differ, a block out of range.
-
     """
     if normalize not in ("none", "unit"):
         raise PersonafastError(f"normalize: {normalize!r} is not one of none, unit")

@@ -34,7 +34,6 @@ def mean_activations(model: nn.Module, texts: Sequence[TokenizedText], *, batch_
 
     Raises:
         PersonafastError: no texts, or a text without response tokens.
-
     """
     if not texts:
         raise PersonafastError("texts: empty; give at least one text on each side of the contrast")
@@ -83,7 +82,6 @@ def extract_vectors(
 
     Returns:
         trait -> vector, float32 [num_blocks, hidden].
-
     """
     found = {}
     for name, contrast in contrasts.items():

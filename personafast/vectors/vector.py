@@ -26,7 +26,6 @@ class PersonaVector:
 
     Raises:
         PersonafastError: a shape that is not two-dimensional, NaN or infinity, a block out of range.
-
     """
 
     directions: torch.Tensor
