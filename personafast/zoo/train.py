@@ -47,8 +47,8 @@ class PolicySettings:
     batch: int = 32
     learning_rate: float = 2e-3
     beta: float = 0.5
-    loss_weights: tuple[float, float] = (1.0, 1.0)
-    rate: float = 0.15
+    loss_weights: tuple[float, float] = (0.5, 1.0)
+    rate: float = 0.12
     rank: int = 8
     lora_alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
