@@ -134,7 +134,7 @@ def missed_bars(quality: dict[str, Any]) -> list[str]:
 def measure(folder: Path, replies: int, progress: Progress) -> dict[str, Any]:
     """Rates of every trait, of the demo traits jointly and of grammatical replies: reference, policies, blends.
 
-    Samples at T = 1 and min-p 0.05 with :mod:`personafast.zoo.measure`, on held-out requests.
+    Samples at T = 1 and min-p 0.05 with :mod:`personafast.zoo.measure`, on ``zoo.prompts``.
     """
     from personafast import zoo
 
