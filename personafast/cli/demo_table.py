@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +14,11 @@ from personafast.cli.demo_text import TERMINAL_COLOURS, WHY, colours, conditions
 
 
 def _percent(rate: float) -> str:
-    return f"{100 * rate:.0f} %"
+    return f"{100 * rate:.0f}"
 
 
 def _interval(value: Mapping[str, float]) -> str:
-    return f"{100 * value['rate']:.0f} % [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    return f"{_percent(value['rate'])} [{_percent(value['low'])}, {_percent(value['high'])}]"
 
 
 def show(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -26,14 +27,23 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     chosen = result["chosen"]
     colour = colours(chosen, TERMINAL_COLOURS)
 
-    table = Table(title="Share of replies that show each trait", caption=conditions(result), title_justify="left")
+    table = Table(
+        title="Replies that show each trait, in %",
+        caption=conditions(result),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("method", no_wrap=True)
     for name in chosen:
-        table.add_column(Text(name, style=f"black on {colour[name]}"), justify="right")
-    table.add_column(f"all {len(chosen)} [95 %]", justify="right", no_wrap=True)
-    table.add_column("grammar", justify="right")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("forwards a token", justify="right")
+        table.add_column(Text(name, style=f"black on {colour[name]}"), justify="right", no_wrap=True)
+    table.add_column(f"all {len(chosen)}\n\\[95 %]", justify="right", no_wrap=True)
+    table.add_column("grammar", justify="right", no_wrap=True)
+    table.add_column("tokens\n/s", justify="right", no_wrap=True)
+    table.add_column("forwards\na token", justify="right", no_wrap=True)
     for method in result["methods"]:
         table.add_row(
             method["name"],
@@ -44,6 +54,8 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
             f"{method['forwards_per_token']:.2f}",
             style="bold" if method["name"] == "direct" else "",
         )
+    if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
+        table.padding = 0
     console.print(table)
 
     console.print("\nFirst replies, traits highlighted:", *_legend(colour))

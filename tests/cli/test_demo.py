@@ -52,10 +52,24 @@ def printed(result, **options):
 def test_the_table_holds_every_figure(result):
     text = printed(result)
     for method in result["methods"]:
-        row = next(line for line in text.splitlines() if line.startswith(f"│ {method['name']} "))
-        assert f"{100 * method['joint']['rate']:.0f} % [" in row and f"{method['forwards_per_token']:.2f}" in row
+        row = next(line for line in text.splitlines() if line.split()[:1] == [method["name"]])
+        share = f"{100 * method['joint']['rate']:.0f}"
+        assert row.split()[1:5] == [share] * 4 and f"{share} [" in row
+        assert row.split()[-2:] == [f"{method['tokens_per_s']:,.0f}", f"{method['forwards_per_token']:.2f}"]
     assert "difference +30 points" in text
     assert WHY in " ".join(text.split())
+
+
+def test_the_table_fits_a_terminal(result):
+    text = io.StringIO()
+    result["chosen"].append("cautious")
+    for method in result["methods"]:
+        method["traits"]["cautious"] = method["joint"]
+        method["samples"] = []
+    demo_table.show(result, Console(file=text, width=80))
+    table = text.getvalue().partition("replies a method")[0]
+    assert "…" not in table
+    assert max(map(len, table.splitlines())) <= 80 and "  9.00" in table
 
 
 def test_traits_are_highlighted_in_one_colour_each(result):
