@@ -17,7 +17,6 @@ from personafast.cli.facts import fact_table
 from personafast.cli.progress import progress_bar
 
 PACKAGES = (
-    "torch",
     "transformers",
     "safetensors",
     "numpy",
@@ -83,6 +82,7 @@ def examine() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "personafast": __version__,
+            "torch": torch.__version__,
             **{name: _version(name) for name in PACKAGES},
         },
         "core": _core(),
