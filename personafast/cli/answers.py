@@ -21,7 +21,6 @@ class AnswerFile:
 
     Raises:
         FormatError: the file exists and is not such a file, or was made with other settings.
-
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:

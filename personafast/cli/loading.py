@@ -19,7 +19,6 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLib
     Raises:
         FormatError: the checkpoint is missing, truncated, or not safetensors.
         PersonafastError: an unknown dtype or a device that is not there.
-
     """
     import torch
 

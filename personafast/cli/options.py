@@ -15,7 +15,6 @@ def assignments(option: str, values: Sequence[str]) -> dict[str, float]:
 
     Raises:
         PersonafastError: no "=", an empty name, no finite number, or a name given twice.
-
     """
     parsed: dict[str, float] = {}
     for value in values:
@@ -48,7 +47,6 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises:
         FormatError: the file is missing, not UTF-8 text, holds a line without a prompt, or no prompt at all.
-
     """
     if not path.is_file():
         raise FormatError(

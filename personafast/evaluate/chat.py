@@ -19,7 +19,6 @@ def encode(
 
     Raises:
         PersonafastError: a system prompt for a tokenizer without a chat template.
-
     """
     if tokenizer.chat_template is None:
         if system is not None:

@@ -58,7 +58,6 @@ def methods(
         alpha: weight of every density ratio.
         mask: the one mask of the `mask` method; masks are not blended.
         coefficient: weight of every persona vector.
-
     """
     policies = {name: alpha for name in chosen}
     first = chosen[0]
@@ -132,7 +131,6 @@ def measure(
 
     Raises:
         PersonafastError: an unknown trait, fewer than two traits, no question, no mask for the `mask` method.
-
     """
     chosen = list(dict.fromkeys(chosen))
     for name in chosen:

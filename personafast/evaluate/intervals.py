@@ -27,7 +27,6 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 
     Raises:
         PersonafastError: unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
-
     """
     if n < 1 or not 0 <= successes <= n:
         raise PersonafastError(
@@ -55,7 +54,6 @@ def newcombe_difference(successes_a: int, n_a: int, successes_b: int, n_b: int, 
 
     Raises:
         PersonafastError: as `wilson`.
-
     """
     a = wilson(successes_a, n_a, confidence)
     b = wilson(successes_b, n_b, confidence)

@@ -69,7 +69,6 @@ def build(out: Path | str, seed: int = 0, quick: bool = False, progress: Progres
 
     Raises:
         PersonafastError: a package of the ``zoo`` extra is missing, or a quality bar was missed.
-
     """
     for package in ("peft", "trl", "datasets"):
         if importlib.util.find_spec(package) is None:
