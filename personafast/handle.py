@@ -297,8 +297,8 @@ class PersonaHandle:
             if persona is None or not any(persona.vectors.values()):
                 slots.append(NOBODY)
                 continue
-            # A vector replaced in the library under its old name must not be served from the bank.
-            content = tuple((name, c, id(self.library.vectors[name])) for name, c in sorted(persona.vectors.items()))
+            # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
+            content = tuple((self.library.vectors[name], c) for name, c in sorted(persona.vectors.items()))
             slot = self._patch.vectors.slot(
                 (content, persona.blocks),
                 functools.partial(blend, self.library.vectors, persona.vectors, blocks=persona.blocks),

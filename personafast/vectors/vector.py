@@ -15,9 +15,9 @@ def default_blocks(num_blocks: int) -> tuple[int, ...]:
     return (min(num_blocks - 1, round(0.6 * num_blocks)),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PersonaVector:
-    """Directions in the residual stream at the output of each block.
+    """Directions in the residual stream at the output of each block; two are equal only if they are the same object.
 
     Attributes:
         directions: float32 [num_blocks, hidden]; row b belongs to the output of the 0-based block b.
