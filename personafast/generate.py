@@ -198,7 +198,7 @@ def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> li
 
 def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, device: torch.device) -> Rule:
     count = max(len(row.weights) for row in rows)
-    weights = torch.zeros(len(rows), count)
+    weights = torch.zeros(len(rows), count, dtype=torch.float32)
     for index, row in enumerate(rows):
         weights[index, : len(row.weights)] = torch.tensor(row.weights, dtype=torch.float32)
     thresholds = [min_p if min_p is not None else (DEFAULT_MIN_P if row.policies else 0.0) for row in rows]

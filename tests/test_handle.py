@@ -392,6 +392,21 @@ def test_half_precision_models_run(batch, dtype):
     assert out.shape == (3, 7 + NEW)
 
 
+@pytest.mark.parametrize("sampler", ["direct", "scr", "merge"])
+def test_the_default_dtype_is_nobodys_business(net, library, batch, sampler):
+    options = {"max_new_tokens": NEW, "do_sample": True, "top_k": 0, "seed": 1, "sampler": sampler}
+    persona = pf.Persona(policies={"formal": 0.5, "warm": 0.4}, vectors={"creative": 1.0})
+    with pf.attach(net, library) as handle:
+        expected = net.generate(**batch, custom_generate=handle.generate, personas=persona, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pf.attach(net, library) as handle:
+            found = net.generate(**batch, custom_generate=handle.generate, personas=persona, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def bad(message, **call):
     return pytest.param(message, call, id=message)
 

@@ -52,7 +52,7 @@ class _Bounds:
 
     def __init__(self, rows: int, options: ScrOptions, device: torch.device) -> None:
         self._log_gamma = math.log(options.gamma)
-        self._ring = torch.full((options.window, rows, options.chunk), -math.inf, device=device)
+        self._ring = torch.full((options.window, rows, options.chunk), -math.inf, dtype=torch.float32, device=device)
         self._next = 0
 
     def log_m(self, scores: torch.Tensor) -> torch.Tensor:

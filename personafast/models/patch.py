@@ -135,7 +135,8 @@ class AdapterBank:
         a = torch.zeros(len(factors), rank, present[0][0].shape[1], dtype=dtype)
         # A view of [M, R, out]: that layout is what one product over all adapters reads.
         b = torch.zeros(len(factors), rank, present[0][1].shape[0], dtype=dtype).transpose(1, 2)
-        scale, ranks = torch.zeros(len(factors)), torch.zeros(len(factors), dtype=torch.int32)
+        scale = torch.zeros(len(factors), dtype=torch.float32)
+        ranks = torch.zeros(len(factors), dtype=torch.int32)
         for slot, factor in enumerate(factors):
             if factor is not None:
                 r = factor[0].shape[0]
