@@ -80,7 +80,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 
     Equal contents give equal bytes as long as there is one metadata entry: safetensors orders several at random.
     """
-    ordered = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
+    # Cloned, because safetensors refuses tensors that share memory.
+    ordered = {
+        name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in sorted(tensors)
+    }
     with atomic_path(path) as temporary:
         save_file(ordered, temporary, metadata=dict(metadata))
 
@@ -88,6 +91,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty directory beside `path`; on success it takes the place of `path`, on failure nothing changes."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -99,8 +103,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             path.replace(old / "previous")
-        temporary.replace(path)
-        if old is not None:
-            shutil.rmtree(old)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if old is not None:
+                (old / "previous").replace(path)
+            raise
+        finally:
+            if old is not None:
+                shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

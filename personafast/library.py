@@ -42,6 +42,12 @@ class PersonaLibrary:
         self._vectors: dict[str, PersonaVector] = {}
         self._masks: dict[str, PersonaMask] = {}
         self._policies: dict[str, LoraPolicy] = {}
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Grows with every change, so that an attached model notices."""
+        return self._version
 
     @property
     def vectors(self) -> Mapping[str, PersonaVector]:
@@ -81,11 +87,13 @@ class PersonaLibrary:
                 raise PersonafastError(f"vectors[{name!r}]: {error}") from None
         self._fit_vector(name, vector)
         self._vectors[name] = vector
+        self._version += 1
 
     def add_mask(self, name: str, mask: PersonaMask) -> None:
         """Add a persona mask."""
         _check_name("mask", name)
         self._masks[name] = mask
+        self._version += 1
 
     def add_policy(self, name: str, policy: LoraPolicy | str | Path) -> None:
         """Add a LoRA policy, or the PEFT adapter folder to read it from.
@@ -97,12 +105,10 @@ class PersonaLibrary:
         _check_name("policy", name)
         if not isinstance(policy, LoraPolicy):
             policy = LoraPolicy.from_pretrained(policy)
-        if self.shape and policy.vocab_size is not None and policy.vocab_size != self.shape.vocab_size:
-            raise PersonafastError(
-                f"policies[{name!r}]: trained with a vocabulary of {policy.vocab_size} tokens, the reference has "
-                f"{self.shape.vocab_size}; use a policy trained from this reference"
-            )
+        if self.shape:
+            policy.check_vocabulary(name, self.shape.vocab_size)
         self._policies[name] = policy
+        self._version += 1
 
     def check(self, parts: Anatomy) -> None:
         """Raise `PersonafastError`, naming the entry, unless everything here fits the model."""
@@ -134,8 +140,15 @@ class PersonaLibrary:
                     raise PersonafastError(f"persona: no {what} {name!r} in the library; there are: {listing}")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the library to a folder; the folder is replaced whole, or not at all."""
-        with atomic_directory(Path(folder)) as target:
+        """Write the library to a folder; a library that is there is replaced whole, or not at all.
+
+        Raises:
+            PersonafastError: the folder holds something else than a library; it is left as it is.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder.is_dir() and ((folder / _INDEX).is_file() or not any(folder.iterdir()))):
+            raise PersonafastError(f"{folder}: holds something else than a library; save to a new or empty folder")
+        with atomic_directory(folder) as target:
             write_json(target / _INDEX, self._index())
             if self._vectors:
                 tensors = {name: vector.directions for name, vector in self._vectors.items()}
@@ -161,6 +174,13 @@ class PersonaLibrary:
             raise FormatError(
                 f"{folder / _INDEX}: expected format_version {FORMAT_VERSION}; save the library again with this version"
             )
+        try:
+            return cls._from_index(folder, index)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FormatError(f"{folder / _INDEX}: not laid out as a library's ({error}); save it again") from None
+
+    @classmethod
+    def _from_index(cls, folder: Path, index: dict[str, Any]) -> PersonaLibrary:
         shape = index.get("model")
         library = cls(ModelShape(**shape) if shape else None)
         library._read_vectors(folder, index.get("vectors") or {})

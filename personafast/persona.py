@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from personafast.errors import PersonafastError
 
 AGGREGATORS = ("geometric", "linear")
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 def _weights(what: str, given: Mapping[str, float]) -> dict[str, float]:
@@ -22,8 +22,8 @@ def _weights(what: str, given: Mapping[str, float]) -> dict[str, float]:
             value = float(weight)
         except (TypeError, ValueError):
             raise PersonafastError(f"{what}[{name!r}]: {weight!r} is not a number") from None
-        if not math.isfinite(value):
-            raise PersonafastError(f"{what}[{name!r}]: the weight is {value}; give a finite number")
+        if not abs(value) <= _LARGEST:
+            raise PersonafastError(f"{what}[{name!r}]: the weight is {value}; give a number that is finite in float32")
         checked[name] = value
     return checked
 

@@ -18,7 +18,16 @@ from personafast.models.anatomy import Anatomy, linear_features, plain_path
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 # Options of PEFT that change what an adapter computes, and the value each must have for scale * B A x to be all of it.
-_PLAIN = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "use_qalora": False}
+_PLAIN = {
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+}
+# Initialisations that also change the base weights, so that B A alone is not the difference to the reference.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,13 @@ class LoraPolicy:
         factors: module path -> factors; ranks may differ between modules.
         config: the adapter's PEFT configuration.
         vocab_size: vocabulary of the model it was trained on, where known.
+        tokenizer_size: tokens of the tokenizer saved beside it, where there is one; models often have room for more.
     """
 
     factors: Mapping[str, LoraFactors]
     config: Mapping[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
+    tokenizer_size: int | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LoraPolicy:
@@ -56,6 +67,8 @@ class LoraPolicy:
         if not (folder / CONFIG).is_file():
             _explain_missing_config(folder)
         config = read_json(folder / CONFIG)
+        if not isinstance(config, dict):
+            raise FormatError(f"{folder / CONFIG}: not an adapter's configuration; copy the file again")
         if str(config.get("peft_type", "LORA")).upper() != "LORA":
             raise FormatError(f"{folder / CONFIG}: peft_type {config['peft_type']!r} is not supported; train with LORA")
         for option, plain in _PLAIN.items():
@@ -64,13 +77,20 @@ class LoraPolicy:
                     f"{folder / CONFIG}: {option}={config[option]!r} is more than plain LoRA; merge it with PEFT or "
                     f"train with {option}={plain!r}"
                 )
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise FormatError(
+                f"{folder / CONFIG}: init_lora_weights={start!r} changed the base weights too; convert the adapter to "
+                "plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            )
         if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
             raise FormatError(
                 f"{folder / 'adapter_model.bin'}: a pickle, which can run code; save the adapter with safetensors"
             )
         tensors, metadata = read_safetensors(folder / WEIGHTS)
         vocab = metadata.get("vocab_size")
-        return cls(_pair(folder, tensors, config), config, int(vocab) if vocab else _tokenizer_vocab(folder))
+        factors = _pair(folder, tensors, config)
+        return cls(factors, config, int(vocab) if vocab else None, _tokenizer_size(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter so that PEFT, and `from_pretrained`, read it back unchanged."""
@@ -84,13 +104,18 @@ class LoraPolicy:
         write_safetensors(folder / WEIGHTS, tensors, metadata)
         write_json(folder / CONFIG, dict(self.config))
 
+    def check_vocabulary(self, name: str, vocab_size: int) -> None:
+        """Raise `PersonafastError` when the policy cannot have been trained from a reference of this vocabulary."""
+        size = self.vocab_size or self.tokenizer_size
+        if size is not None and (size > vocab_size or (self.vocab_size and size != vocab_size)):
+            raise PersonafastError(
+                f"policies[{name!r}]: trained with a vocabulary of {size} tokens, the reference has {vocab_size}; "
+                "use a policy trained from this reference"
+            )
+
     def check(self, name: str, parts: Anatomy) -> None:
         """Raise `PersonafastError` unless every factor fits a linear of the model and the vocabularies agree."""
-        if self.vocab_size is not None and self.vocab_size != parts.shape.vocab_size:
-            raise PersonafastError(
-                f"policies[{name!r}]: trained with a vocabulary of {self.vocab_size} tokens, the reference has "
-                f"{parts.shape.vocab_size}; use a policy trained from this reference"
-            )
+        self.check_vocabulary(name, parts.shape.vocab_size)
         for path, factors in self.factors.items():
             if path not in parts.linears:
                 raise PersonafastError(
@@ -113,7 +138,7 @@ def _explain_missing_config(folder: Path) -> None:
     raise FormatError(f"{folder / CONFIG}: no such file; give the folder of a PEFT LoRA adapter")
 
 
-def _tokenizer_vocab(folder: Path) -> int | None:
+def _tokenizer_size(folder: Path) -> int | None:
     """Size of the vocabulary that was saved beside the adapter (TRL does), if any."""
     if not (folder / "tokenizer.json").is_file():
         return None

@@ -18,6 +18,13 @@ from personafast.ops._library import (
     register,
 )
 
+_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Rows times R up to which the C++ kernel takes a call, where the outputs of B are adjacent and where they are not. Its
+# time grows with the rows, that of the BLAS's matrix products starts at some 60 us an adapter: up to here the kernel
+# was nowhere clearly the slower one (docs/kernels.md).
+KERNEL_WORK, STRIDED_WORK = 1024, 256
+
 # Projecting every row on all adapters (M * R rows of A) costs less than one pair of products an adapter as long as both
 # the rows and the stacked ranks are few.
 STACKED_ROWS, STACKED_RANKS = 32, 256
@@ -32,25 +39,35 @@ def _validate(
     scale: torch.Tensor,
     ranks: torch.Tensor,
 ) -> None:
+    # Checked in line and explained only when something is wrong: at one row the checks are a good part of the call.
     op = "lora_delta_"
-    check_no_grad(op, out, x, A, B, scale)
-    check_dims(op, "x", x, 2, "[T, I]")
+    if torch.is_grad_enabled():
+        check_no_grad(op, out, x, A, B, scale)
+    if x.dim() != 2 or out.dim() != 2:
+        check_dims(op, "x", x, 2, "[T, I]")
+        check_dims(op, "out", out, 2, "[T, O]")
+    dtype = x.dtype
     check_float(op, "x", x)
-    check_dims(op, "out", out, 2, "[T, O]")
     rows, features = x.shape
-    if out.shape[0] != rows:
+    out_rows, outputs = out.shape
+    if out_rows != rows:
         fail(op, f"`out` has shape {list(out.shape)}, expected [T, O] with T = {rows} as in `x`")
     if A.dim() != 3 or A.shape[2] != features:
         fail(op, f"`A` has shape {list(A.shape)}, expected [M, R, I] with I = {features} as in `x`")
-    check_shape(op, "B", B, (A.shape[0], out.shape[1], A.shape[1]), "[M, O, R]")
-    for name, tensor in (("out", out), ("A", A), ("B", B)):
-        if tensor.dtype != x.dtype:
-            check_dtype(op, name, tensor, x.dtype)
-    check_slots(op, "slots", slots, rows)
-    check_dtype(op, "scale", scale, torch.float32)
-    check_shape(op, "scale", scale, (A.shape[0],), "[M]")
-    check_dtype(op, "ranks", ranks, torch.int32)
-    check_shape(op, "ranks", ranks, (A.shape[0],), "[M]")
+    adapters, rank, _ = A.shape
+    if B.shape != (adapters, outputs, rank):
+        check_shape(op, "B", B, (adapters, outputs, rank), "[M, O, R]")
+    if out.dtype != dtype or A.dtype != dtype or B.dtype != dtype:
+        for name, tensor in (("out", out), ("A", A), ("B", B)):
+            check_dtype(op, name, tensor, dtype)
+    if slots.dtype != torch.int32 or slots.shape != (rows,):
+        check_slots(op, "slots", slots, rows)
+    if scale.dtype != torch.float32 or scale.shape != (adapters,):
+        check_dtype(op, "scale", scale, torch.float32)
+        check_shape(op, "scale", scale, (adapters,), "[M]")
+    if ranks.dtype != torch.int32 or ranks.shape != (adapters,):
+        check_dtype(op, "ranks", ranks, torch.int32)
+        check_shape(op, "ranks", ranks, (adapters,), "[M]")
 
 
 def reference(
@@ -114,6 +131,68 @@ def _grouped(
                 out.index_copy_(0, rows, torch.addmm(out[rows], inner, b))
 
 
+def _kernel_refuses(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: torch.Tensor,
+) -> str | None:
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"dtype {x.dtype}"
+    if out.stride(1) != 1 and out.shape[1] > 1:
+        return "an `out` whose rows are not adjacent in memory (stride(1) must be 1)"
+    if A.stride(2) != 1 and A.shape[2] > 1:
+        return "an `A` whose rows are not adjacent in memory (stride(2) must be 1)"
+    if not (out.is_cpu and A.is_cpu and B.is_cpu and slots.is_cpu and scale.is_cpu and ranks.is_cpu):
+        return "tensors of several devices"
+    return None
+
+
+def _cpp(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: torch.Tensor,
+) -> None:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    slots = slots.contiguous()
+    scale = scale.contiguous()
+    ranks = ranks.contiguous()
+    rows, features = x.shape
+    adapters, outputs, rank = B.shape
+    a_stride_m, a_stride_r, _ = A.stride()
+    wrong = _backend.module("cpu").lora_delta_(
+        out.data_ptr(),
+        out.stride(0),
+        x.data_ptr(),
+        x.stride(0),
+        A.data_ptr(),
+        a_stride_m,
+        a_stride_r,
+        B.data_ptr(),
+        *B.stride(),
+        slots.data_ptr(),
+        scale.data_ptr(),
+        ranks.data_ptr(),
+        rows,
+        outputs,
+        features,
+        adapters,
+        rank,
+        _KERNEL_DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    if wrong >= 0:
+        check_slot_range("lora_delta_", "slots", slots, adapters)
+
+
 def _run(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -124,9 +203,17 @@ def _run(
     ranks: torch.Tensor,
 ) -> None:
     _validate(out, x, A, B, slots, scale, ranks)
-    if _backend.pick("lora_delta_", x.device.type) == "reference":
+    backend = _backend.pick("lora_delta_", x.device.type)
+    if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
+    limit = KERNEL_WORK if B.stride(1) == 1 else STRIDED_WORK
+    if backend == "cpu" and (x.shape[0] * A.shape[1] <= limit or _backend.forced() is not None):
+        why = _kernel_refuses(out, x, A, B, slots, scale, ranks)
+        if why is None:
+            _cpp(out, x, A, B, slots, scale, ranks)
+            return
+        _backend.refuse("lora_delta_", why)
     groups = row_groups("lora_delta_", slots, A.shape[0]) if x.device.type == "cpu" else None
     if A.shape[0] == 0 or x.shape[0] == 0:
         return
@@ -153,6 +240,7 @@ _op = register(
     "lora_delta_(Tensor(a!) out, Tensor x, Tensor A, Tensor B, Tensor slots, Tensor scale, Tensor ranks) -> ()",
     _run,
     _fake,
+    kernels=("cpu",),
 )
 
 
@@ -168,9 +256,10 @@ def lora_delta_(
     """Add each row's own low-rank update to the output of a linear layer, in place (LoRA, arXiv 2106.09685, eq. 3).
 
     out[t] += scale[m] * B[m, :, :r] A[m, :r] x[t] with m = slots[t] and r = ranks[m]; m = -1 leaves the row alone.
-    Rows of different adapters may come in any order. Up to 32 rows and M R = 256 all adapters are one pair of matrix
-    products; above there is one pair for each adapter in use, without copies where its rows lie side by side. A B
-    stored as the transposed view of an [M, R, O] tensor is read as it is.
+    Rows of different adapters may come in any order. On a CPU a C++ kernel takes up to T R = 1024, both sums in fp32
+    and one rounding, if B is stored as the transposed view of an [M, R, O] tensor; stored otherwise, up to 256. Beyond,
+    up to 32 rows and M R = 256 all adapters are one pair of matrix products; above there is one pair for each adapter
+    in use, without copies where its rows lie side by side.
 
     Args:
         out: [T, O] in the dtype of `x`; rows may be strided. Changed in place.
@@ -179,7 +268,7 @@ def lora_delta_(
         B: [M, O, R] in the dtype of `x`.
         slots: int32 [T]; the adapter of the row, or -1.
         scale: float32 [M], usually lora_alpha / r.
-        ranks: int32 [M]. What A and B hold beyond is ignored but has to be finite.
+        ranks: int32 [M], 0 to R. What A and B hold beyond is ignored but has to be finite.
 
     Returns:
         `out` itself.

@@ -33,7 +33,7 @@ class PersonaVector:
     metadata: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        directions = torch.as_tensor(self.directions).detach().to(device="cpu", dtype=torch.float32)
+        directions = torch.as_tensor(self.directions).detach().to(device="cpu", dtype=torch.float32, copy=True)
         if directions.dim() != 2 or 0 in directions.shape:
             raise PersonafastError(
                 f"vector: expected [num_blocks, hidden], got shape {list(directions.shape)}; one row a block"

@@ -49,7 +49,7 @@ def test_one_openmp_runtime_for_torch_and_the_core():
 def test_isa_units_share_no_inline_code():
     allowed = {"<immintrin.h>", "<string.h>", '"kernels.h"', '"scalar_float.h"'}
     units = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if re.search(r"_(scalar|avx2|avx512)\.cpp$", path.name)]
-    assert len(units) == 6
+    assert len(units) == 9
     for unit in units:
         assert set(re.findall(r"#include (\S+)", unit.read_text())) <= allowed, unit.name
     for header in [*(ROOT / "csrc/include").rglob("*.h"), ROOT / "csrc/cpu/kernels.h"]:
@@ -63,7 +63,8 @@ def test_isa_units_share_no_inline_code():
 def test_every_instruction_set_obeys_the_rules(isa):
     if isa not in INFO["isas_supported"]:
         pytest.skip(f"this machine cannot run {isa}")
-    tests = [str(ROOT / "tests/ops" / name) for name in ("test_inject.py", "test_masked_linear.py")]
+    operators = ("inject", "lora_delta", "masked_linear")
+    tests = [str(ROOT / "tests/ops" / f"test_{operator}.py") for operator in operators]
     command = (sys.executable, "-m", "pytest", "-k", "kernel or error_rule", "-p", "no:cacheprovider", *tests)
     result = run(*command, PERSONAFAST_CPU_ISA=isa)
     assert result.returncode == 0 and "passed" in result.stdout, result.stdout

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personafast import ops
-from personafast.errors import PersonafastError
+from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _lora_delta
 from personafast.ops._groups import row_groups
 
@@ -63,6 +63,144 @@ def test_error_rule(dtype, adapters, rank, within_twice):
     within_twice(ops.lora_delta_(*args), plain, exact, small=1e-5)
 
 
+def laid_out(args, adjacent_outputs, pad):
+    """The same values, but rows with gaps, and B stored as [M, R, O] if `adjacent_outputs`."""
+
+    def gaps(tensor):
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + pad), float("nan"))
+        wide[..., : tensor.shape[-1]] = tensor
+        return wide[..., : tensor.shape[-1]]
+
+    out, x, A, B, *rest = args
+    B = gaps(B.transpose(1, 2)).transpose(1, 2) if adjacent_outputs else gaps(B)
+    return gaps(out), gaps(x), gaps(A), B, *rest
+
+
+shapes = {
+    "rows": st.integers(0, 9),
+    "features": st.sampled_from([1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 160]),
+    "outputs": st.sampled_from([1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 256, 257, 300]),
+    "adapters": st.integers(0, 4),
+    "rank": st.sampled_from([1, 2, 3, 8, 17]),
+    "dtype": st.sampled_from(DTYPES),
+    "adjacent_outputs": st.booleans(),
+    "pad": st.sampled_from([0, 3]),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(**shapes)
+def test_kernel_obeys_the_error_rule(rows, features, outputs, adapters, rank, dtype, adjacent_outputs, pad, seed):
+    pytest.importorskip("personafast._C")
+    args = laid_out(make(rows, features, outputs, adapters, rank, dtype, seed), adjacent_outputs, pad)
+    out, x, A, B, slots, scale, ranks = args
+    for m, r in enumerate(ranks.tolist()):  # neither is to be read
+        A[m, r:] = float("nan")
+        B[m, :, r:] = float("nan")
+    exact, plain = by_hand(*args), by_hand(*args, dtype=dtype)
+    before = [tensor.clone() for tensor in args]
+    with ops.use_backend("cpu"):
+        ops.lora_delta_(*args)
+    for tensor, was in zip(args[1:], before[1:], strict=True):
+        torch.testing.assert_close(tensor, was, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out[slots < 0], before[0][slots < 0])
+    assert not out.isnan().any()
+    if pad and out.numel():
+        assert out.as_strided((rows, pad), (out.stride(0), 1), out.storage_offset() + outputs).isnan().all()
+    # A handful of values may all be lucky in plain torch, so an ulp of the largest is allowed as well, and the most
+    # that fp32 sums in any order can be off: one rounding for each term, of the magnitudes of all terms added up.
+    terms = by_hand(*(tensor.abs() for tensor in args[:4]), slots, scale.abs(), ranks)
+    ulp = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    if out.numel():
+        error, allowed = (out.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+        rounding = 2.0**-24 * (features + rank + 2) * terms.max()
+        assert error <= 2 * allowed + ulp * max(1.0, exact.abs().max().item()) + rounding
+
+
+@pytest.mark.parametrize("adjacent_outputs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [5, 50])
+def test_kernel_error_at_model_size(rows, dtype, adjacent_outputs, within_twice):
+    pytest.importorskip("personafast._C")
+    args = laid_out(make(rows, 1030, 1100, 4, 16, dtype, 7), adjacent_outputs, 3)
+    exact, plain = by_hand(*args), by_hand(*args, dtype=dtype)
+    with ops.use_backend("cpu"):
+        within_twice(ops.lora_delta_(*args), plain, exact, small=1e-5)
+
+
+@pytest.mark.parametrize("adjacent_outputs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_row_depends_neither_on_the_batch_nor_on_threads(dtype, adjacent_outputs):
+    pytest.importorskip("personafast._C")
+    args = laid_out(make(43, 4100, 4099, 3, 64, dtype, 4), adjacent_outputs, 0)
+    out, x, A, B, slots, scale, _ = args
+    ranks = torch.tensor([64, 57, 60], dtype=torch.int32)
+    # The work in both products from which dispatch.cpp employs a third thread.
+    assert sum(int(ranks[m]) for m in slots.tolist() if m >= 0) * 4099 >= 3 << 21
+    threads = torch.get_num_threads()
+    with ops.use_backend("cpu"):
+        together = ops.lora_delta_(out.clone(), x, A, B, slots, scale, ranks)
+        alone = out.clone()
+        for t in range(x.shape[0]):
+            ops.lora_delta_(alone[t : t + 1], x[t : t + 1], A, B, slots[t : t + 1], scale, ranks)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(ops.lora_delta_(out.clone(), x, A, B, slots, scale, ranks), together)
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+
+
+def test_kernel_takes_a_rank_beyond_the_factors_as_theirs():
+    pytest.importorskip("personafast._C")
+    out, x, A, B, _, scale, _ = make(2, 20, 30, 2, 4, torch.float32, 8)
+    slots, full = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([4, 0], dtype=torch.int32)
+    with ops.use_backend("cpu"):
+        expected = ops.lora_delta_(out.clone(), x, A, B, slots, scale, full)
+        assert torch.equal(ops.lora_delta_(out.clone(), x, A, B, slots, scale, full * 1000 - 1), expected)
+    assert torch.equal(expected[1], out[1])
+
+
+def test_many_rows_leave_the_kernel_unless_it_is_asked_for(monkeypatch):
+    core = pytest.importorskip("personafast._C")
+    calls = []
+    kernel = core.lora_delta_
+    monkeypatch.setattr(core, "lora_delta_", lambda *args: calls.append(args) or kernel(*args))
+    for work, adjacent_outputs in ((_lora_delta.KERNEL_WORK, True), (_lora_delta.STRIDED_WORK, False)):
+        limit = work // 16
+        for rows, backend, expected in ((limit, "auto", 1), (limit + 1, "auto", 0), (limit + 1, "cpu", 1)):
+            calls.clear()
+            args = laid_out(make(rows, 8, 8, 2, 16, torch.bfloat16, 9), adjacent_outputs, 0)
+            with ops.use_backend(backend):
+                ops.lora_delta_(*args)
+            assert len(calls) == expected
+
+
+def test_a_backend_asked_for_by_name_does_not_fall_back():
+    pytest.importorskip("personafast._C")
+    exact = make(4, 5, 7, 2, 3, torch.float64, 10)
+    out, x, A, B, *rest = (tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in exact)
+    columns = out.T.contiguous().T
+    transposed = A.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = by_hand(*exact).float()
+    refused = [
+        (exact, "float64"),
+        ((columns, x, A, B, *rest), "an `out` whose rows are not adjacent"),
+        ((out.clone(), x, transposed, B, *rest), "an `A` whose rows are not adjacent"),
+    ]
+    for args, why in refused:
+        before = args[0].clone()
+        with ops.use_backend("cpu"), pytest.raises(BackendError, match=f"lora_delta_: .*{why}"):
+            ops.lora_delta_(*args)
+        assert torch.equal(args[0], before)
+        torch.testing.assert_close(ops.lora_delta_(*args).float(), expected, rtol=1e-5, atol=1e-5)
+    with ops.use_backend("cpu"):  # x is copied where its rows are not adjacent
+        columns = x.T.contiguous().T
+        torch.testing.assert_close(ops.lora_delta_(out, columns, A, B, *rest), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_without_adapter_and_strided_rows_are_left_alone():
     wide = torch.randn(6, 10)
     before = wide.clone()
@@ -94,13 +232,16 @@ def test_transposed_storage_of_b_gives_the_same():
     torch.testing.assert_close(out, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("slot", [-2, 2])
-def test_slot_out_of_range_is_named(backend, slot):
-    out, x, A, B, slots, scale, ranks = make(3, 5, 7, 2, 4, torch.float32, 5)
+def test_slot_out_of_range_is_named(backend, slot, dtype):
+    out, x, A, B, slots, scale, ranks = make(3, 5, 7, 2, 4, dtype, 5)
     slots[1] = slot
+    before = out.clone()
     with ops.use_backend(backend), pytest.raises(PersonafastError, match=f"`slots` holds {slot}"):
         ops.lora_delta_(out, x, A, B, slots, scale, ranks)
+    assert torch.equal(out, before)
 
 
 @pytest.mark.parametrize(
