@@ -5,6 +5,7 @@
 
 #include "personafast/inject.h"
 #include "personafast/isa.h"
+#include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
 
@@ -34,6 +35,34 @@ int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintpt
                            bank_rows};
   py::gil_scoped_release released;
   return inject_cpu(args, threads);
+}
+
+int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_stride, uintptr_t a, int64_t a_stride_m,
+                   int64_t a_stride_r, uintptr_t b, int64_t b_stride_m, int64_t b_stride_o, int64_t b_stride_r,
+                   uintptr_t slots, uintptr_t scale, uintptr_t ranks, int64_t rows, int64_t outputs, int64_t features,
+                   int64_t adapters, int64_t rank, int dtype, int threads) {
+  const LoraDeltaArgs args = {at<void>(out),
+                              out_stride,
+                              at<const void>(x),
+                              x_stride,
+                              at<const void>(a),
+                              a_stride_m,
+                              a_stride_r,
+                              at<const void>(b),
+                              b_stride_m,
+                              b_stride_o,
+                              b_stride_r,
+                              at<const int32_t>(slots),
+                              at<const float>(scale),
+                              at<const int32_t>(ranks),
+                              rows,
+                              outputs,
+                              features,
+                              adapters,
+                              rank,
+                              static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return lora_delta_cpu(args, threads);
 }
 
 int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
@@ -92,6 +121,7 @@ PYBIND11_MODULE(_C, module) {
       "build_info", &build_info,
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
   module.def("inject_", &inject, "personafast/inject.h");
+  module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
 }

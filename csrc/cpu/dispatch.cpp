@@ -2,8 +2,10 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 #include "personafast/isa.h"
@@ -13,6 +15,9 @@ namespace {
 
 // Below this many multiply-adds, or bytes moved, a second thread costs more to wake than it saves.
 constexpr int64_t kWorkPerThread = 1 << 16;
+
+// The same for lora_delta, which wakes the threads twice a call, some 15 us each time where they sleep between calls.
+constexpr int64_t kLoraWorkPerThread = 1 << 21;
 
 #ifdef PERSONAFAST_X86
 constexpr bool kX86 = true;
@@ -49,8 +54,8 @@ int64_t first_wrong_slot(const int32_t* slots, int64_t rows, int64_t count) {
 
 // Calls run(begin, end) on equal parts of [0, count), one a thread.
 template <class Run>
-void split(int64_t count, int64_t work, int threads, Run run) {
-  int64_t parts = work / kWorkPerThread;
+void split(int64_t count, int64_t work, int64_t work_per_thread, int threads, Run run) {
+  int64_t parts = work / work_per_thread;
   if (parts > threads) parts = threads;
   if (parts > count) parts = count;
   if (parts <= 1) return run(static_cast<int64_t>(0), count);
@@ -94,7 +99,7 @@ int64_t inject_cpu(const InjectArgs& args, int threads) {
   const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.bank_rows);
   if (wrong >= 0) return wrong;
   const Isa isa = isa_chosen();
-  split(args.rows, args.rows * args.width, threads, [&](int64_t begin, int64_t end) {
+  split(args.rows, args.rows * args.width, kWorkPerThread, threads, [&](int64_t begin, int64_t end) {
 #ifdef PERSONAFAST_X86
     if (isa == Isa::avx512) return avx512::inject_rows(args, begin, end);
     if (isa == Isa::avx2) return avx2::inject_rows(args, begin, end);
@@ -104,18 +109,90 @@ int64_t inject_cpu(const InjectArgs& args, int threads) {
   return -1;
 }
 
+int64_t lora_delta_cpu(const LoraDeltaArgs& args, int threads) {
+  const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.adapters);
+  if (wrong >= 0) return wrong;
+  const auto rank_of = [&](int64_t adapter) {
+    return std::min<int64_t>(std::max<int64_t>(args.ranks[adapter], 0), args.rank);
+  };
+  std::vector<int64_t> rows;
+  rows.reserve(static_cast<size_t>(args.rows));
+  int64_t ranks = 0;
+  for (int64_t t = 0; t < args.rows; ++t) {
+    const int64_t rank = args.slots[t] < 0 ? 0 : rank_of(args.slots[t]);
+    if (rank > 0) rows.push_back(t);
+    ranks += rank;
+  }
+  if (rows.empty()) return -1;
+  const auto slot_then_place = [&](int64_t s, int64_t t) {
+    return args.slots[s] != args.slots[t] ? args.slots[s] < args.slots[t] : s < t;
+  };
+  std::sort(rows.begin(), rows.end(), slot_then_place);
+  std::vector<float> inner(static_cast<size_t>(ranks));
+  std::vector<LoraGroup> groups;
+  float* free = inner.data();
+  for (size_t k = 0; k < rows.size(); ++k) {
+    const int64_t adapter = args.slots[rows[k]];
+    if (groups.empty() || groups.back().adapter != adapter) {
+      groups.push_back({&rows[k], 0, adapter, rank_of(adapter), free});
+    }
+    ++groups.back().count;
+    free += groups.back().rank;
+  }
+
+  const Isa isa = isa_chosen();
+  split(args.rank, ranks * args.features, kLoraWorkPerThread, threads, [&](int64_t begin, int64_t end) {
+    for (const LoraGroup& group : groups) {
+      const int64_t last = std::min(end, group.rank);
+#ifdef PERSONAFAST_X86
+      if (isa == Isa::avx512) {
+        avx512::lora_delta_inner(args, group, begin, last);
+        continue;
+      }
+      if (isa == Isa::avx2) {
+        avx2::lora_delta_inner(args, group, begin, last);
+        continue;
+      }
+#endif
+      scalar::lora_delta_inner(args, group, begin, last);
+    }
+  });
+  // Blocks of whole cache lines, so that no two threads write to one.
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = (args.outputs + kBlock - 1) / kBlock;
+  split(blocks, ranks * args.outputs, kLoraWorkPerThread, threads, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kBlock;
+    const int64_t last = std::min(end * kBlock, args.outputs);
+    for (const LoraGroup& group : groups) {
+#ifdef PERSONAFAST_X86
+      if (isa == Isa::avx512 && args.b_stride_o == 1) {
+        avx512::lora_delta_outputs(args, group, first, last);
+        continue;
+      }
+      if (isa == Isa::avx2 && args.b_stride_o == 1) {
+        avx2::lora_delta_outputs(args, group, first, last);
+        continue;
+      }
+#endif
+      scalar::lora_delta_outputs(args, group, first, last);
+    }
+  });
+  return -1;
+}
+
 int64_t masked_linear_cpu(const MaskedLinearArgs& args, int threads) {
   const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.personas);
   if (wrong >= 0) return wrong;
   if (args.rows == 0) return -1;
   const Isa isa = isa_chosen();
-  split(args.outputs, args.rows * args.outputs * args.features, threads, [&](int64_t begin, int64_t end) {
+  split(args.outputs, args.rows * args.outputs * args.features, kWorkPerThread, threads,
+        [&](int64_t begin, int64_t end) {
 #ifdef PERSONAFAST_X86
-    if (isa == Isa::avx512) return avx512::masked_linear_outputs(args, begin, end);
-    if (isa == Isa::avx2) return avx2::masked_linear_outputs(args, begin, end);
+          if (isa == Isa::avx512) return avx512::masked_linear_outputs(args, begin, end);
+          if (isa == Isa::avx2) return avx2::masked_linear_outputs(args, begin, end);
 #endif
-    scalar::masked_linear_outputs(args, begin, end);
-  });
+          scalar::masked_linear_outputs(args, begin, end);
+        });
   return -1;
 }
 
