@@ -33,17 +33,15 @@ class AnswerFile:
             self._read()
 
     def _read(self) -> None:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise FormatError(f"{self.path}: not a file of answers; give --output another name") from None
-        whole, _, torn = text.rpartition("\n")
-        lines = whole.splitlines()
-        for number, line in enumerate(lines, 1):
+        # Only "\n" ends a line: JSON leaves U+2028 and its like inside texts. A crash may cut a character, hence bytes.
+        *parts, torn = self.path.read_bytes().split(b"\n")
+        lines = []
+        for number, part in enumerate(parts, 1):
             try:
-                record = json.loads(line)
-                prompt, settings = record["prompt"], record["settings"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                lines.append(part.decode("utf-8"))
+                record = json.loads(lines[-1])
+                prompt, settings = record["prompt"], dict(record["settings"])
+            except (KeyError, TypeError, ValueError):
                 raise FormatError(
                     f"{self.path}: line {number} is no answer of this command; give --output another name"
                 ) from None
@@ -57,7 +55,7 @@ class AnswerFile:
                 )
             self.answered[prompt] += 1
         if torn:
-            if not lines and not torn.startswith('{"prompt": '):
+            if not lines and not torn.startswith(b'{"prompt": '):
                 raise FormatError(f"{self.path}: not a file of answers; give --output another name")
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 

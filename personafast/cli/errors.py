@@ -17,13 +17,15 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}; check the path and its permissions"
-    return " ".join(str(error).split())
+    text = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
+    return " ".join(text.split())
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that turns `PersonafastError` and `OSError` into one line on stderr and exit code 2.
+    """A command group that turns what the caller can mend into one line on stderr and exit code 2.
 
-    Anything else is a defect of ours and keeps its traceback. `--debug`, anywhere on the line, keeps them all.
+    That is `PersonafastError`, `OSError`, and a value that is missing, out of range or of another type. Anything else is a
+    defect of ours and keeps its traceback. `--debug`, anywhere on the line, keeps them all.
     """
 
     _debug = False
@@ -39,7 +41,7 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
-        except (PersonafastError, OSError) as error:
+        except (PersonafastError, OSError, typer.BadParameter) as error:
             if self._debug:
                 raise
             typer.echo(f"error: {one_line(error)}", err=True)

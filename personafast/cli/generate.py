@@ -109,6 +109,11 @@ def generate(
         "prompts": assignments("--prompt-persona", prompt_persona or []),
     }
     persona = Persona(**parts, aggregator=aggregator)  # type: ignore[arg-type]
+    if system is not None and any(persona.prompts.values()):
+        raise PersonafastError(
+            "--system: a --prompt-persona writes the system message itself; leave --system out, "
+            "or put its text into every --prompt-persona"
+        )
     settings = {
         "model": model,
         "library": None if library is None else str(library),

@@ -14,13 +14,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLibrary]:
     """Model, tokenizer and its own library (empty but for the zoo) of "zoo", a checkpoint folder or a hub name.
 
-    Weights are read from safetensors only, and no code of a checkpoint is run.
+    Weights are read from safetensors only, and no code of a checkpoint is run. Of its generation settings only the
+    special tokens are kept, so that the command's options alone say how to sample.
 
     Raises:
         FormatError: the checkpoint is missing, truncated, or not safetensors.
         PersonafastError: an unknown dtype or a device that is not there.
     """
     import torch
+    from transformers import GenerationConfig
 
     if dtype not in DTYPES:
         raise PersonafastError(f"--dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -39,6 +41,9 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLib
     else:
         model, tokenizer = _load_checkpoint(name, dtype)
         library = PersonaLibrary()
+    # transformers lays a checkpoint's penalties, cut-offs and banned tokens over the options of a call.
+    ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     return model.to(place).eval(), tokenizer, library
 
 

@@ -53,7 +53,8 @@ def read_prompts(path: Path) -> list[str]:
             f"{path}: no such file; --prompts-file takes a text file with one prompt a line, or a .jsonl file"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A byte order mark is no part of the first prompt, and U+2028 and its like inside a prompt end no line.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise FormatError(f"{path}: not UTF-8 text; --prompts-file takes one prompt a line, or a .jsonl file") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

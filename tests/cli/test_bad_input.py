@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import tiny
 from safetensors.torch import load_file, save_file
 
 
@@ -186,11 +187,27 @@ def test_a_pickled_checkpoint(refused, checkpoint, tmp_path):
     assert str(folder / "pytorch_model.bin") in line and "pickle" in line
 
 
+def test_more_tokens_than_a_model_has_positions(refused, tmp_path):
+    tiny.model("gpt2").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    line = refused("generate", "--model", tmp_path / "model", "--prompt", "what is this", "--max-new-tokens", 200)
+    assert "max_new_tokens" in line and "64 positions" in line
+
+
 def test_a_folder_that_is_no_checkpoint(refused, tmp_path):
     assert "config.json" in refused("generate", "--model", tmp_path, "--prompt", "hi")
 
 
-@pytest.mark.parametrize("text", [b"shopping list", b'{"some": "json"}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"shopping list",
+        b'{"some": "json"}\n',
+        b"\xff\xfe\n",
+        b"\n",
+        b'{"prompt": "hi", "settings": 1}\n',
+    ],
+)
 def test_an_output_that_is_something_else(refused, checkpoint, tmp_path, text):
     precious = tmp_path / "precious.jsonl"
     precious.write_bytes(text)
@@ -221,6 +238,26 @@ def test_debug_shows_the_traceback_wherever_it_stands(cli):
         assert type(result.exception).__name__ == "PersonafastError"
 
 
-@pytest.mark.parametrize("arguments", [["generate", "--no-such-option"], ["nothing"], ["demo", "--replies", "0"]])
+def test_a_system_prompt_beside_a_prompt_persona(refused):
+    line = refused("generate", "--prompt", "hi", "--system", "be brief", "--prompt-persona", "you are a pirate=1")
+    assert "--system" in line and "--prompt-persona" in line and "leave --system out" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["generate", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "--batch-size", "-1"], "--batch-size"),
+        (["generate", "--seed", "some"], "--seed"),
+        (["demo", "--replies", "0"], "--replies"),
+        (["zoo", "build", "--out", "x", "--seed", "-1"], "--seed"),
+        (["zoo", "build"], "--out"),
+    ],
+)
+def test_values_out_of_range(refused, arguments, culprit):
+    assert culprit in refused(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--no-such-option"], ["nothing"], ["zoo", "nothing"]])
 def test_usage_errors_exit_with_2_too(cli, arguments):
     assert cli(*arguments).exit_code == 2

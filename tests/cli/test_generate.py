@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def questions(tmp_path):
 
 
 def records(text):
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def test_one_prompt_streams_what_it_would_print_at_once(ask, monkeypatch):
@@ -126,6 +127,41 @@ def test_an_interrupted_file_is_resumed(ask, questions, tmp_path):
     assert replies(resumed) == replies(whole)
 
 
+# The line ends of `str.splitlines` that JSON leaves as they are.
+SEPARATORS = "\u2028 \u2029 \x85"
+
+
+def test_unicode_line_ends_inside_prompts_and_replies_are_no_line_ends(ask, checkpoint, monkeypatch, tmp_path):
+    decode = type(AutoTokenizer.from_pretrained(checkpoint)).batch_decode
+    monkeypatch.setattr(
+        "transformers.PreTrainedTokenizerFast.batch_decode",
+        lambda *args, **kwargs: [f"{SEPARATORS}{text}{SEPARATORS}and" for text in decode(*args, **kwargs)],
+    )
+    asked = [f"what{SEPARATORS}is", "this", f"a{SEPARATORS}ship"]
+    for name, lines in (("a.txt", asked), ("a.jsonl", [json.dumps({"prompt": a}, ensure_ascii=False) for a in asked])):
+        prompts, answers = tmp_path / name, tmp_path / f"answers of {name}"
+        prompts.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        arguments = ["--prompts-file", prompts, "--batch-size", 1, "--output", answers]
+        ask(*arguments)
+        whole = answers.read_bytes()
+        assert [record["prompt"] for record in records(whole.decode())] == asked
+        assert SEPARATORS in replies(whole.decode())[0]
+
+        ask(*arguments)
+        assert answers.read_bytes() == whole
+        # Cut in the middle of a character: the last answer is made again.
+        answers.write_bytes(whole[: whole.rindex(b"\xe2") + 1])
+        ask(*arguments)
+        assert replies(answers.read_text(encoding="utf-8")) == replies(whole.decode())
+
+
+def test_prompts_of_other_editors(ask, tmp_path):
+    for name, lines in (("a.txt", QUESTIONS), ("a.jsonl", [json.dumps({"prompt": text}) for text in QUESTIONS])):
+        path = tmp_path / name
+        path.write_bytes("".join(line + "\r\n" for line in lines).encode("utf-8-sig"))
+        assert [record["prompt"] for record in records(ask("--prompts-file", path, "--json"))] == QUESTIONS
+
+
 def test_a_file_of_other_settings_is_left_alone(ask, cli, checkpoint, personas, questions, tmp_path):
     answers = tmp_path / "answers.jsonl"
     ask("--prompts-file", questions, "--output", answers)
@@ -167,6 +203,65 @@ def test_without_a_chat_template_the_prompt_is_plain_text(cli, checkpoint, tmp_p
     )
     refused = cli(*arguments, "--system", "be brief")
     assert refused.exit_code == 2 and "system" in refused.stderr
+
+
+HABITS = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_k": 3,
+    "top_p": 0.5,
+    "min_p": 0.4,
+    "typical_p": 0.4,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "repetition_penalty": 1.7,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[8], [9, 10]],
+    "suppress_tokens": [11, 12, 13],
+    "begin_suppress_tokens": list(range(40)),
+    "sequence_bias": [[[14], 5.0]],
+    "forced_eos_token_id": 1,
+    "min_new_tokens": 3,
+    "exponential_decay_length_penalty": [1, 2.0],
+    "stop_strings": ["a"],
+    "max_time": 1e-9,
+    "num_return_sequences": 2,
+    "renormalize_logits": True,
+}
+
+
+@pytest.fixture
+def with_config(checkpoint, tmp_path):
+    """The random checkpoint with another generation_config.json."""
+
+    def run(name, settings):
+        folder = shutil.copytree(checkpoint, tmp_path / name)
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sampler", "direct"], ["--sampler", "scr"], ["--sampler", "merge"], ["--greedy"]]
+)
+def test_a_checkpoint_does_not_change_how_replies_are_drawn(cli, with_config, personas, arguments):
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    said = []
+    for name, settings in (("plain", ids), ("opinionated", {**ids, **HABITS})):
+        command = ["generate", "--model", with_config(name, settings), "--library", personas, "--policy", "formal=1"]
+        result = cli(*command, "--prompt", QUESTIONS[0], "--max-new-tokens", 8, *arguments)
+        assert result.exit_code == 0, result.output
+        said.append(result.stdout)
+    assert said[0] == said[1]
+
+
+def test_the_tokens_that_end_a_checkpoints_replies_still_do(cli, with_config, ask, checkpoint):
+    full = ask("--prompt", QUESTIONS[0], "--greedy").split()
+    ends = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids(full[2])
+    folder = with_config("ends", {"eos_token_id": [1, ends], "pad_token_id": 0})
+    result = cli("generate", "--model", folder, "--prompt", QUESTIONS[0], "--max-new-tokens", 8, "--greedy")
+    assert result.stdout.split() == full[: full.index(full[2]) + 1]
 
 
 def test_system_and_dtype_reach_the_model(ask):
