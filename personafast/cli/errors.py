@@ -24,8 +24,8 @@ def one_line(error: Exception) -> str:
 class OneLineErrors(TyperGroup):
     """A command group that turns what the caller can mend into one line on stderr and exit code 2.
 
-    That is `PersonafastError`, `OSError`, and a value that is missing, out of range or of another type. Anything else is a
-    defect of ours and keeps its traceback. `--debug`, anywhere on the line, keeps them all.
+    That is `PersonafastError`, `OSError`, and a value that is missing, out of range or of another type. Anything
+    else is a defect of ours and keeps its traceback. `--debug`, anywhere on the line, keeps them all.
     """
 
     _debug = False
