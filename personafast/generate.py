@@ -21,13 +21,14 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
 )
 
-from personafast.density.direct import Process, sample_direct
+from personafast.density.direct import sample_direct
 from personafast.density.draws import Draws, row_seed
 from personafast.density.model_scorer import Member, ModelScorer
 from personafast.density.rule import Rule
 from personafast.density.scr import ScrOptions, sample_scr
 from personafast.density.transcript import GenerationStats, Transcript
 from personafast.errors import PersonafastError
+from personafast.models.cache import learned_positions
 from personafast.models.patch import Patch
 from personafast.ops import Aggregator
 
@@ -52,6 +53,7 @@ class Row:
     policies: Sequence[Member]
     weights: Sequence[float]
     aggregator: str
+    has_ratios: bool
 
     @property
     def needs_reference(self) -> bool:
@@ -111,6 +113,7 @@ def decode(
     device = prompt.device
     sampling = bool(config.do_sample)
     min_p = options.min_p if options.min_p is not None else config.min_p
+    _check_room(patch.model, prompt.shape[1], int(config.max_length))
     processors = LogitsProcessorList(p for p in processors if not isinstance(p, MinPLogitsWarper))
     if streamer is not None:
         streamer.put(prompt.cpu())
@@ -142,12 +145,18 @@ def decode(
             )
         sample_scr(scorer, transcript, rule, _draws(options, len(rows), device), options.scr)
     else:
+        plain = _plain_min_p(rows, min_p, device) if sampling else None
+
+        def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+            return scores if plain is None else _keep_likely(scores, plain[transcript.alive])
+
         sample_direct(
             scorer,
             transcript,
             rule,
             _draws(options, len(rows), device) if sampling else None,
-            process=cast(Process, processors) if len(processors) else None,
+            process=process if len(processors) or plain is not None else None,
             carry=options.carry,
         )
     if streamer is not None:
@@ -201,7 +210,7 @@ def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, d
     weights = torch.zeros(len(rows), count, dtype=torch.float32)
     for index, row in enumerate(rows):
         weights[index, : len(row.weights)] = torch.tensor(row.weights, dtype=torch.float32)
-    thresholds = [min_p if min_p is not None else (DEFAULT_MIN_P if row.policies else 0.0) for row in rows]
+    thresholds = [_threshold(row, min_p) if row.policies else 0.0 for row in rows]
     codes = [int(Aggregator[row.aggregator.upper()]) for row in rows]
     return Rule(
         weights.to(device),
@@ -211,11 +220,38 @@ def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, d
     )
 
 
+def _threshold(row: Row, min_p: float | None) -> float:
+    return min_p if min_p is not None else (DEFAULT_MIN_P if row.has_ratios else 0.0)
+
+
+def _plain_min_p(rows: Sequence[Row], min_p: float | None, device: torch.device) -> torch.Tensor | None:
+    """Min-p [B] of the rows that are one model: there it comes last, after the temperature, as in stock generate."""
+    thresholds = [0.0 if row.policies else _threshold(row, min_p) for row in rows]
+    return torch.tensor(thresholds, dtype=torch.float32, device=device) if any(thresholds) else None
+
+
+def _keep_likely(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    logp = scores.float().log_softmax(dim=-1)
+    unlikely = logp < logp.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
+    return scores.masked_fill(unlikely, float("-inf"))
+
+
+def _check_room(model: Any, prompt: int, length: int) -> None:
+    most = learned_positions(model)
+    if most is not None and length > most:
+        raise PersonafastError(
+            f"max_new_tokens: a prompt of {prompt} tokens and {length - prompt} new ones exceed the {most} positions "
+            f"of this model; ask for at most {max(0, most - prompt)}"
+        )
+
+
 def _draws(options: Options, rows: int, device: torch.device) -> Draws:
     if options.seeds is not None:
         if len(options.seeds) != rows:
             raise PersonafastError(f"seeds: {len(options.seeds)} given for {rows} rows; give one a row")
         seeds = [int(seed) for seed in options.seeds]
+        if not all(0 <= seed < 2**63 for seed in seeds):
+            raise PersonafastError("seeds: a seed is not in 0 .. 2**63 - 1")
     else:
         # Without a seed of its own a call follows torch.manual_seed, as stock generate does.
         base = options.seed if options.seed is not None else int(torch.randint(2**62, ()))

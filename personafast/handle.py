@@ -84,15 +84,15 @@ class PersonaHandle:
         self._tokenizer = tokenizer
         self._patch = patch
         self._prompts: SystemPrompts | None = None
-        self._mask_slots = {name: slot for slot, name in enumerate(sorted(library.masks))}
-        self._adapter_names = sorted(library.policies)
+        self._mask_slots: dict[str, int] = {}
+        self._adapter_names: list[str] = []
         self._merged: dict[tuple[tuple[str, float], ...], int] = {}
+        self._seen: int | None = None
         self._forward_rows: contextlib.ExitStack | None = None
         self._hooks: list[Any] = []
         try:
             patch.install()
-            patch.set_masks(self._mask_banks())
-            self._fill_adapters()
+            self._refresh()
             self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
             self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
             model.__dict__[_MARK] = self
@@ -142,6 +142,7 @@ class PersonaHandle:
         Raises:
             PersonafastError: a persona has policies or prompts, or names something the library lacks.
         """
+        self._check_attached()
         with self._patch.rows(self._plain_rows(personas)):
             yield self
 
@@ -192,6 +193,7 @@ class PersonaHandle:
             seeds: the rows' own seeds instead.
             min_p: support mask of every row: keep a token whose probability under at least one member is at least
                 this share of that member's largest. Default 0.05 for rows with policies or prompts, 0 for others.
+                Rows that are one model (no ratios, or "merge") have stock min-p, after the temperature.
             policy_temperature: divides the logits of every member before the ratios; `temperature` acts on the target.
             carry: for the linear rule: one policy speaks the whole text.
             chunk: tokens a proposal of "scr".
@@ -216,7 +218,7 @@ class PersonaHandle:
         if stop_strings:
             criteria.append(StopStrings(self.tokenizer, stop_strings))
         prompts = row_prompts(input_ids, prepared.get("attention_mask"))
-        spread = self._spread(personas, len(prompts))
+        spread = self._spread(personas, len(prompts), generation_config.num_return_sequences or 1)
         return decode(
             self._patch,
             self._rows(spread, prompts, options),
@@ -228,9 +230,24 @@ class PersonaHandle:
             streamer,
         )
 
-    def _check_call(self, model: Any, config: Any, prepared: dict[str, Any]) -> None:
-        if _MARK not in self.model.__dict__ or self.model.__dict__[_MARK] is not self:
+    def _check_attached(self) -> None:
+        if self.model.__dict__.get(_MARK) is not self:
             raise PersonafastError("personas: this handle is detached; attach again")
+
+    def _refresh(self) -> None:
+        """Fill the banks with the masks and policies that are in the library now."""
+        if self._seen == self.library.version:
+            return
+        self.library.check(self._patch.parts)
+        self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
+        self._adapter_names = sorted(self.library.policies)
+        self._merged = {}
+        self._patch.set_masks(self._mask_banks())
+        self._fill_adapters()
+        self._seen = self.library.version
+
+    def _check_call(self, model: Any, config: Any, prepared: dict[str, Any]) -> None:
+        self._check_attached()
         if model is not self.model and getattr(self.model, "base_model", None) is not model:
             owner = getattr(self.model, "get_base_model", lambda: None)()
             if owner is not model:
@@ -239,6 +256,9 @@ class PersonaHandle:
             raise PersonafastError(
                 "num_beams: beam search has no density-ratio form; use personas.using(...) or num_beams=1"
             )
+        for option in ("output_scores", "output_logits"):
+            if getattr(config, option, None):
+                raise PersonafastError(f"{option}: not returned with personas; leave it out")
         cache = prepared.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise PersonafastError("past_key_values: a filled cache cannot be continued; pass the whole text")
@@ -247,11 +267,15 @@ class PersonaHandle:
         if other:
             raise PersonafastError(f"{other[0]}: not supported with personas; leave it out")
 
-    def _spread(self, personas: Persona | Sequence[Persona | None] | None, rows: int) -> list[Persona | None]:
+    def _spread(
+        self, personas: Persona | Sequence[Persona | None] | None, rows: int, repeats: int = 1
+    ) -> list[Persona | None]:
+        """One persona a row, from one for all, one a row, or one for each `repeats` rows that follow each other."""
+        self._refresh()
         given = list(personas) if isinstance(personas, Sequence) else [personas]
-        if not given or rows % len(given):
+        if len(given) not in {1, rows, rows // repeats}:
             raise PersonafastError(
-                f"personas: {len(given)} given for {rows} rows; give one a row (None for the plain model)"
+                f"personas: {len(given)} given for {rows // repeats} rows; give one a row (None for the plain model)"
             )
         for persona in given:
             if persona is not None:
@@ -278,7 +302,7 @@ class PersonaHandle:
         if merge:
             key = _merge_key(persona)
             adapter = self._merged[key] if key else NOBODY
-            return Row(Member(prompt, vector, mask, adapter), (), (), persona.aggregator)
+            return Row(Member(prompt, vector, mask, adapter), (), (), persona.aggregator, persona.has_ratios)
         members, weights = [], []
         for name, weight in persona.policies.items():
             if weight:
@@ -288,11 +312,12 @@ class PersonaHandle:
             if weight:
                 members.append(Member(self._system_prompts().insert(prompt, text), vector, mask, NOBODY))
                 weights.append(weight)
-        return Row(Member(prompt, vector, mask, NOBODY), members, weights, persona.aggregator)
+        reference = Member(prompt, vector, mask, NOBODY)
+        return Row(reference, members, weights, persona.aggregator, persona.has_ratios)
 
     def _vector_slots(self, personas: Sequence[Persona | None]) -> list[int]:
         slots: list[int] = []
-        in_use: set[int] = set()
+        in_use = self._patch.vector_slots
         for persona in personas:
             if persona is None or not any(persona.vectors.values()):
                 slots.append(NOBODY)

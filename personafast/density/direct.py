@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from personafast.density.draws import Draws, Stream, choose
+from personafast.density.draws import Draws, Stream, check_target, choose
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
 from personafast.density.transcript import Transcript
@@ -45,6 +45,7 @@ def sample_direct(
             target = process(transcript.ids(), target)
         if draws is None:
             token = target.argmax(dim=-1)
+            check_target(target.gather(1, token[:, None]).squeeze(1))
         else:
             token = choose(target, draws.uniform(Stream.SAMPLE, transcript.positions)[:, 0])
         if carried is not None:

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import torch
 
+from personafast.errors import PersonafastError
 from personafast.ops import philox
 
 _MIX = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio: splitmix64's increment
@@ -49,6 +50,16 @@ class Draws:
         self._seeds = self._seeds[rows]
 
 
+def check_target(values: torch.Tensor) -> None:
+    """Raise `PersonafastError` if what stands for a row's target, [B], is not a number."""
+    bad = torch.isnan(values).nonzero().flatten().tolist()
+    if bad:
+        raise PersonafastError(
+            f"target: row {bad[0]} of the batch has no token left or its logits are not numbers; use smaller weights, "
+            "a wider dtype or fewer logits processors"
+        )
+
+
 def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Invert the distribution function: the first token whose cumulated probability exceeds u.
 
@@ -58,9 +69,13 @@ def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
     Returns:
         int64 [B].
+
+    Raises:
+        PersonafastError: a row holds NaN, or no token that can be drawn.
     """
     p = torch.softmax(logp.double(), dim=-1)
     cumulated = p.cumsum(dim=-1)
+    check_target(cumulated[:, -1])
     token = torch.searchsorted(cumulated, (u * cumulated[:, -1])[:, None], right=True).squeeze(1)
     # Rounding may leave the product on the total: the last token that can be drawn takes it.
     last = p.shape[1] - 1 - (p.flip(1) > 0).int().argmax(dim=1)

@@ -29,6 +29,7 @@ class _Group:
         self._patch, self._stats = patch, stats
         self._context = RaggedContext(patch.model, [member.prompt for member in members], device)
         self._slots = RowSlots.of([m.vector for m in members], [m.mask for m in members], [m.adapter for m in members])
+        self._last = torch.tensor([member.prompt[-1] for member in members], dtype=torch.long, device=device)
         # The prompt is fed with the first draft, so at first nothing is pending; later the last committed token is.
         self._pending: torch.Tensor | None = torch.empty(len(members), 0, dtype=torch.long, device=device)
         self._fed = 0
@@ -48,10 +49,12 @@ class _Group:
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Keep the cache up to, and without, the last committed token; that one is pending."""
         if self._pending is not None:
-            # Never fed in this round: nothing to roll back, and the tokens join what is pending.
             raise RuntimeError("a group was committed to before it was scored")
-        self._context.rollback(self._fed - (counts - 1))
-        self._pending = tokens.gather(1, (counts - 1)[:, None])
+        # The token that was pending has been fed: a row that gets none is rolled back to before it.
+        self._context.rollback(self._fed + 1 - counts)
+        newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None]).squeeze(1)
+        self._last = torch.where(counts > 0, newest, self._last)
+        self._pending = self._last[:, None]
         self._fed = 0
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -59,6 +62,7 @@ class _Group:
         self._slots = self._slots.select(rows.cpu())
         if self._pending is not None:
             self._pending = self._pending[rows]
+        self._last = self._last[rows]
 
 
 class ModelScorer:

@@ -28,6 +28,7 @@ class SystemPrompts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._heads: dict[str, tuple[list[int], list[int]] | None] = {}
+        self._start: list[int] | None = None
 
     def insert(self, ids: Sequence[int], text: str) -> list[int]:
         """The row's ids with the system text in place.
@@ -41,12 +42,14 @@ class SystemPrompts:
         ids = list(ids)
         if not getattr(self._tokenizer, "chat_template", None):
             bos = self._tokenizer.bos_token_id
-            start = 1 if ids and bos is not None and ids[0] == bos else 0
-            return ids[:start] + self._tokenizer(text + "\n", add_special_tokens=False)["input_ids"] + ids[start:]
+            first = 1 if ids and bos is not None and ids[0] == bos else 0
+            return ids[:first] + self._tokenizer(text + "\n", add_special_tokens=False)["input_ids"] + ids[first:]
         if text not in self._heads:
             self._heads[text] = self._token_heads(text)
         heads = self._heads[text]
-        start = _shared([chat_ids(self._tokenizer, _user(probe)) for probe in _PROBES])
+        if self._start is None:
+            self._start = _shared([chat_ids(self._tokenizer, _user(probe)) for probe in _PROBES])
+        start = self._start
         if heads is not None and len(heads[0]) <= len(start) and ids[: len(start)] == start:
             return heads[1] + ids[len(heads[0]) :]
         return self._by_text(ids, text)

@@ -26,7 +26,10 @@ class Scorer(Protocol):
         ...
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Extend row b's text by tokens[b, :counts[b]]; tokens is int64 [B, n], 1 <= counts[b] <= n."""
+        """Extend row b's text by tokens[b, :counts[b]]; tokens is int64 [B, n], 0 <= counts[b] <= n.
+
+        At most one token more than was drafted and scored in this round.
+        """
         ...
 
     def keep(self, rows: torch.Tensor) -> None:

@@ -57,7 +57,7 @@ class _Bounds:
 
     def log_m(self, scores: torch.Tensor) -> torch.Tensor:
         """float32 [B, k]; the round's own scores where no chunk that long was seen yet."""
-        seen = self._ring.amax(dim=0)
+        seen = self._ring.amax(dim=0)[:, : scores.shape[1]]
         return self._log_gamma + torch.where(seen == -math.inf, scores, seen)
 
     @property
@@ -66,7 +66,9 @@ class _Bounds:
         return self._next
 
     def see(self, scores: torch.Tensor) -> None:
-        self._ring[self._next % self._ring.shape[0]] = scores
+        oldest = self._ring[self._next % self._ring.shape[0]]
+        oldest.fill_(-math.inf)
+        oldest[:, : scores.shape[1]] = scores
         self._next += 1
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -91,19 +93,21 @@ def sample_scr(scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws,
         round_ = _Round(scorer, transcript, rule, draws, options)
         scores = round_.scores()
         log_m = bounds.log_m(scores)
-        tokens = round_.draft.clone()
+        tokens, going = round_.draft.clone(), ~transcript.ended
         if bounds.rounds < options.warmup:
             counts = torch.ones_like(round_.positions)
             tokens[:, 0] = round_.exact_token(torch.arange(counts.numel(), device=counts.device))
-            transcript.stats.exact += counts.numel()
+            transcript.stats.exact += int(going.sum())
         else:
             accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths).long()
-            _count(transcript.stats, scores, log_m, round_.lengths, accepted)
-            stuck = (accepted == 0).nonzero().flatten()
+            _count(transcript.stats, scores, log_m, torch.where(going, round_.lengths, 0), accepted * going)
+            stuck = ((accepted == 0) & going).nonzero().flatten()
             if stuck.numel():
                 tokens[stuck, 0] = _one_token(round_, stuck, log_m[stuck, 0], options, transcript.stats)
             counts = accepted.clamp(min=1)
-        bounds.see(torch.where(_within(round_.lengths, options.chunk), scores, -math.inf))
+        bounds.see(torch.where(_within(round_.lengths, scores.shape[1]), scores, -math.inf))
+        # A row that has ended stays as it is until it leaves the batch.
+        counts = counts * going
         transcript.append(tokens, counts)
         scorer.commit(tokens, counts)
         rows = transcript.shrink()
@@ -118,11 +122,13 @@ class _Round:
     def __init__(self, scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws, options: ScrOptions) -> None:
         t = rule.policy_temperature
         self.rule, self.positions, self.draws = rule, transcript.positions, draws
-        u = draws.uniform(Stream.PROPOSE, self.positions, options.chunk)
-        self.log_u = draws.uniform(Stream.ACCEPT, self.positions, options.chunk).log().float()
+        # No row needs more tokens than the one with the most room.
+        chunk = min(options.chunk, int(torch.where(transcript.ended, 1, transcript.room).max()))
+        u = draws.uniform(Stream.PROPOSE, self.positions, chunk)
+        self.log_u = draws.uniform(Stream.ACCEPT, self.positions, chunk).log().float()
         draft = torch.empty(self.positions.numel(), 0, dtype=torch.long, device=self.positions.device)
         proposals = []
-        for j in range(options.chunk):
+        for j in range(chunk):
             logits = scorer.propose(draft)
             proposals.append(logits)
             draft = torch.cat([draft, choose(logits / t, u[:, j])[:, None]], dim=1)

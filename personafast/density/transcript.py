@@ -99,6 +99,11 @@ class Transcript:
         return self._limit - self.positions
 
     @property
+    def ended(self) -> torch.Tensor:
+        """Which rows in the batch have ended, bool [b]."""
+        return self._done[self.alive]
+
+    @property
     def open(self) -> bool:
         """Whether any row goes on."""
         return self._limit > 0 and not bool(self._done.all())

@@ -101,6 +101,11 @@ def anatomy(model: nn.Module) -> Anatomy:
         UnsupportedModelError: naming the model's class, when the structure is not that of a decoder.
     """
     config = _text_config(model)
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} keeps a recurrent state, which cannot be rolled back; use a model whose "
+            "cache is attention only"
+        )
     hidden, count, vocab = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if not (hidden and count and vocab):
         raise UnsupportedModelError(

@@ -44,8 +44,11 @@ class RaggedContext:
         self._ragged = not bool(self._live.all())
         # Without the configuration every layer keeps all columns, which dead columns in a sliding window need.
         self._cache = DynamicCache()
-        self._parameters = inspect.signature(model.forward).parameters
+        # PEFT's wrapper takes anything, so the model inside says what it understands.
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        self._parameters = inspect.signature(base.forward).parameters
         self._window = _sliding_window(model)
+        self._last_position = learned_positions(model)
 
     @property
     def rows(self) -> int:
@@ -67,6 +70,9 @@ class RaggedContext:
             live = torch.cat([self._live, self._live.new_ones(tokens.shape)], dim=1)
             start = self._live.sum(dim=1, keepdim=True)
             positions = start + torch.arange(tokens.shape[1], device=self.device)
+        if self._last_position is not None:
+            # Drafts may run past the end of a row that is full; what is read there is not kept.
+            positions = positions.clamp(max=self._last_position - 1)
         inputs: dict[str, Any] = {
             "input_ids": tokens,
             "past_key_values": self._cache,
@@ -83,7 +89,11 @@ class RaggedContext:
         return logits
 
     def rollback(self, counts: torch.Tensor) -> None:
-        """Forget the last counts[r] tokens of row r."""
+        """Forget the last counts[r] tokens of row r.
+
+        Raises:
+            UnsupportedModelError: the counts differ, and the model derives positions from columns.
+        """
         most, least = int(counts.max()), int(counts.min())
         if most == 0:
             return
@@ -91,16 +101,17 @@ class RaggedContext:
             self._each(lambda whole: whole[:, :, :-least])
             self._live = self._live[:, :-least]
         if most > least:
-            if self._window is not None and self._live.shape[1] > self._window:
+            if "position_ids" not in self._parameters or _chunked_attention(self.model):
                 raise UnsupportedModelError(
-                    f"model: a sliding window of {self._window} and a context of {self._live.shape[1]} cannot be "
-                    "rolled back by different counts a row; use sampler='direct' or one row a call"
+                    f"model: {type(self.model).__name__} takes positions from the columns of its cache, so rows cannot "
+                    "be rolled back by different counts; use sampler='direct' or one row a call"
                 )
             # The columns to forget are the last live ones: rows may hold dead columns from earlier rollbacks.
             from_end = self._live.flip(1).long().cumsum(dim=1).flip(1)
             self._live = self._live & (from_end > (counts - least).to(self.device)[:, None])
             self._ragged = True
-            self._gather()
+            # A window counts columns, so there none may be dead between live ones.
+            self._gather(close=self._window is not None)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
@@ -112,11 +123,11 @@ class RaggedContext:
         else:
             self._prompt = self._prompt[rows]
 
-    def _gather(self) -> None:
-        """Cut dead columns off the left and, when too many lie between live ones, move the live ones together."""
+    def _gather(self, close: bool = False) -> None:
+        """Move the live columns to the right and cut off what is dead in every row, when that is much or to `close`."""
         columns = self._live.shape[1]
         needed = int(self._live.sum(dim=1).max())
-        if columns - needed <= max(8, _WASTE * needed):
+        if not close and columns - needed <= max(8, _WASTE * needed):
             return
         # A stable sort of the flags puts dead columns first and keeps the order of the live ones.
         order = self._live.long().argsort(dim=1, stable=True)[:, columns - needed :]
@@ -133,9 +144,28 @@ class RaggedContext:
                 setattr(layer, name, change(getattr(layer, name)))
 
 
-def _sliding_window(model: nn.Module) -> int | None:
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model with a table of learned positions has; None for rotary and relative ones."""
+    most = getattr(_text_config(model), "max_position_embeddings", None)
+    if most is None:
+        return None
+    inputs = model.get_input_embeddings()  # type: ignore[operator]
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not inputs)
+    # OPT and its kin keep two rows more than positions.
+    return int(most) if any(table.num_embeddings - int(most) in (0, 2) for table in tables) else None
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _chunked_attention(model: nn.Module) -> bool:
+    return bool(getattr(_text_config(model), "attention_chunk_size", None))
+
+
+def _sliding_window(model: nn.Module) -> int | None:
+    text = _text_config(model)
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
     if window is None or getattr(text, "use_sliding_window", True) is False:

@@ -29,6 +29,11 @@ class _TokenSlots:
         self._rows = rows
         self._spread: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
+    @property
+    def used(self) -> set[int]:
+        """The slots that rows carry."""
+        return set(self._rows.tolist()) - {NOBODY}
+
     def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """Slots [batch * length], row-major. A batch that is a multiple of the rows (beams) repeats each row."""
         key = (batch, length, device)
@@ -84,6 +89,7 @@ class VectorBank:
         if key in self._slots:
             self._slots[key] = self._slots.pop(key)  # the last used stand last
             return self._slots[key]
+        rows = make()
         if len(self._slots) < self.capacity:
             slot = len(self._slots)
         else:
@@ -94,7 +100,6 @@ class VectorBank:
                     "attach with a larger max_personas"
                 )
             slot = self._slots.pop(oldest)
-        rows = make()
         for block, row in enumerate(rows):
             if block in self._banks or bool(row.any()):
                 self._bank(block)[slot].copy_(row)
@@ -155,11 +160,14 @@ class Patch:
         self._masks: dict[str, torch.Tensor] = {}
         self._adapters: dict[str, AdapterBank] = {}
         self._now: dict[str, _TokenSlots] = {}
+        self._shape = (0, 0)
         self._hooks: list[Any] = []
         self._patched: dict[str, Any] = {}
 
     def install(self) -> None:
         """Hook the blocks. Linears are patched when a mask or an adapter needs them."""
+        first = self.parts.blocks[0]
+        self._hooks.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
         for index, block in enumerate(self.parts.blocks):
             self._hooks.append(block.register_forward_hook(self._injector(index)))
 
@@ -218,6 +226,28 @@ class Patch:
         finally:
             self._now = before
 
+    @property
+    def vector_slots(self) -> set[int]:
+        """Vector slots that the rows in force use."""
+        rows = self._now.get("vectors")
+        return set() if rows is None else rows.used
+
+    def _note_shape(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
+            self._shape = (hidden.shape[0], hidden.shape[1])
+
+    def _rows_and_tokens(self, x: torch.Tensor) -> tuple[int, int]:
+        """(rows, tokens a row) of a linear's input; some families flatten the two into one dimension."""
+        if x.dim() == 3:
+            return x.shape[0], x.shape[1]
+        if x.dim() == 2 and x.shape[0] == self._shape[0] * self._shape[1]:
+            return self._shape
+        raise UnsupportedModelError(
+            f"model: a linear was called with shape {list(x.shape)}, which does not tell the rows of the batch apart; "
+            "leave this linear out of the mask or the policy"
+        )
+
     def _injector(self, block: int) -> Callable[..., Any]:
         def inject(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             rows = self._now.get("vectors")
@@ -269,7 +299,7 @@ class Patch:
         rows, bank = self._now.get("masks"), self._masks.get(path)
         if rows is None or bank is None:
             return None
-        slots = rows.over(*_rows_and_tokens(x), x.device)
+        slots = rows.over(*self._rows_and_tokens(x), x.device)
         layer: Any = linear
         flat = ops.masked_linear(x.reshape(-1, x.shape[-1]), layer.weight, bank, slots, None, layer.bias)
         return flat.view(*x.shape[:-1], -1)
@@ -278,15 +308,7 @@ class Patch:
         rows, bank = self._now.get("adapters"), self._adapters.get(path)
         if rows is None or bank is None:
             return out
-        slots = rows.over(*_rows_and_tokens(x), x.device)
+        slots = rows.over(*self._rows_and_tokens(x), x.device)
         flat = out.reshape(-1, out.shape[-1])
         ops.lora_delta_(flat, x.reshape(-1, x.shape[-1]), bank.a, bank.b, slots, bank.scale, bank.ranks)
         return flat.view(out.shape)
-
-
-def _rows_and_tokens(x: torch.Tensor) -> tuple[int, int]:
-    if x.dim() != 3:
-        raise UnsupportedModelError(
-            f"model: a linear was called with shape {list(x.shape)}; masks and policies need [rows, tokens, features]"
-        )
-    return x.shape[0], x.shape[1]

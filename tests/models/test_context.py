@@ -13,9 +13,10 @@ def fresh(net, ids):
         return net(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "gemma2"])
 def test_rollback_equals_a_fresh_forward(family):
     net = tiny.model(family)
+    net.config.sliding_window = 6  # of those, gemma2 has one
     generator = torch.Generator().manual_seed(1)
     texts = [[5, 6, 7, 8], [9], [10, 11]]
     context = RaggedContext(net, texts, torch.device("cpu"))
@@ -36,11 +37,17 @@ def test_rollback_equals_a_fresh_forward(family):
     assert context._live.shape[1] <= 1.5 * max(map(len, texts)) + 12
 
 
-def test_a_sliding_window_refuses_ragged_rollback_beyond_it():
-    net = tiny.model("gemma2")
-    net.config.sliding_window = 6
+def test_a_model_that_takes_positions_from_columns_refuses_ragged_rollback():
+    net = tiny.model()
+    forward = net.forward
+
+    def without_positions(input_ids=None, attention_mask=None, past_key_values=None, use_cache=None):
+        return forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+
+    net.forward = without_positions
     context = RaggedContext(net, [[3, 4, 5], [6, 7, 8]], torch.device("cpu"))
     with torch.no_grad():
         context.feed(torch.randint(3, 60, (2, 6)), 1)
-    with pytest.raises(UnsupportedModelError, match="sliding window of 6"):
+    context.rollback(torch.tensor([2, 2]))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes positions from the columns"):
         context.rollback(torch.tensor([1, 3]))
