@@ -190,7 +190,9 @@ class StopStrings:
 
     def _completes(self, ids: list[int]) -> bool:
         text, before = self._decode(ids), self._decode(ids[:-1])
-        return any(text.count(string) > before.count(string) for string in self._strings)
+        if not text.startswith(before):  # the last token changed how those before it are written
+            return any(text.count(string) > before.count(string) for string in self._strings)
+        return any(text.find(string, max(0, len(before) - len(string) + 1)) >= 0 for string in self._strings)
 
 
 def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:

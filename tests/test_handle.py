@@ -481,3 +481,199 @@ def test_weights_that_sum_to_one_do_not_run_the_reference(net, library, batch, r
         beside = net.generate(**batch, personas=mixed, return_dict_in_generate=True, **options)
     assert alone.stats.forwards == 3 * 2 * NEW and beside.stats.forwards == 7 * NEW
     assert torch.equal(alone.sequences[[0, 2]], beside.sequences[[0, 2]])
+
+
+def chat_tokenizer(template):
+    """A byte-level BPE tokenizer, whose first user token depends on what stands before it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator(["where is the ship ? you are a pirate . where where ship"] * 20, vocab_size=400)
+    found = PreTrainedTokenizerFast(tokenizer_object=core._tokenizer, bos_token="<s>", eos_token="</s>")
+    found.chat_template = template
+    return found
+
+
+ONE_TURN = (
+    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\\n\\n' %}{% set loop_messages = "
+    "messages[1:] %}{% else %}{% set s = '' %}{% set loop_messages = messages %}{% endif %}{{ bos_token }}"
+    "{% for m in loop_messages %}{{ '[INST] ' + (s if loop.first else '') + m['content'] + '[/INST]' }}{% endfor %}"
+)
+OWN_TURN = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{{ '<|assistant|>\\n' }}"
+)
+NO_SYSTEM = "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ '[' + m['content'] + ']' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [ONE_TURN, OWN_TURN])
+@pytest.mark.parametrize("question", ["where is the ship ?", "x", "yes", "\n\nwhere ?", "Where is x?"])
+def test_system_texts_are_written_as_the_template_writes_them(template, question):
+    from personafast.density.prompting import SystemPrompts
+    from personafast.models.reading import chat_ids
+
+    tok = chat_tokenizer(template)
+    prompts = SystemPrompts(tok)
+    user = {"role": "user", "content": question}
+    for text in ("you are a pirate .", "you are a pirate", "x"):
+        wanted = tok.decode(chat_ids(tok, [{"role": "system", "content": text}, user]))
+        assert tok.decode(prompts.insert(chat_ids(tok, [user]), text)) == wanted
+
+
+def test_a_template_without_system_messages_is_refused():
+    from personafast.density.prompting import SystemPrompts
+
+    tok = chat_tokenizer(NO_SYSTEM)
+    with pytest.raises(pf.PersonafastError, match="leaves system messages out"):
+        SystemPrompts(tok).insert(tok("[where]")["input_ids"], "you are a pirate")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("sampler", ["direct", "scr"])
+def test_a_peft_wrapped_model_keeps_the_positions_of_padded_rows(family, sampler, batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    net = tiny.model(family)
+    library = tiny.library(net, masks=False)
+    target = ["c_attn"] if family == "gpt2" else ["q_proj"]
+    wrapped = peft.get_peft_model(net, peft.LoraConfig(target_modules=target, fan_in_fan_out=family == "gpt2")).eval()
+    persona = pf.Persona(policies={"warm": 1.0} if family == "llama" else {"formal": 0.1})
+    options = {"max_new_tokens": NEW, "do_sample": True, "top_k": 0, "sampler": sampler, "personas": persona}
+    with pf.attach(wrapped, library) as handle:
+        options["custom_generate"] = handle.generate
+        together = wrapped.generate(**batch, seeds=[7, 8, 9], **options)
+        for row in range(3):
+            alone = wrapped.generate(**single(batch, row), seeds=[7 + row], **options)
+            assert torch.equal(alone[0, -NEW:], together[row, -NEW:])
+
+
+def test_a_context_may_be_filled_to_its_last_position_and_not_beyond():
+    net = tiny.model("gpt2")
+    library = tiny.library(net, masks=False)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    options = {"do_sample": True, "top_k": 0, "personas": pf.Persona(policies={"formal": 0.5})}
+    with pf.attach(net, library) as handle:
+        options["custom_generate"] = handle.generate
+        for seed in range(4):
+            out = net.generate(ids, max_new_tokens=60, sampler="scr", seed=seed, **options)
+            assert out.shape == (2, 64)
+        with pytest.raises(pf.PersonafastError, match="exceed the 64 positions of this model; ask for at most 60"):
+            net.generate(ids, max_new_tokens=61, **options)
+
+
+def test_min_p_of_a_row_without_ratios_is_that_of_stock_generate(net, batch):
+    """Stock min-p looks at the probabilities after the temperature."""
+    options = {"max_new_tokens": 1, "do_sample": True, "top_k": 0, "temperature": 3.0, "min_p": 0.3}
+    row = single(batch, 0)
+    torch.manual_seed(0)
+    stock = set(net.generate(**row, num_return_sequences=2000, **options)[:, -1].tolist())
+    with pf.attach(net) as handle:
+        ours = net.generate(**row, num_return_sequences=2000, custom_generate=handle.generate, **options)[:, -1]
+    assert len(stock) > 3 and set(ours.tolist()) == stock
+
+
+def test_merge_has_the_default_min_p_of_the_policies_it_merges(net, library, batch):
+    row = single(batch, 0)
+    options = {
+        "max_new_tokens": 1,
+        "do_sample": True,
+        "top_k": 0,
+        "num_return_sequences": 2000,
+        "sampler": "merge",
+        "personas": pf.Persona(policies={"formal": 1.0}),
+    }
+    with pf.attach(net, library) as handle:
+        options["custom_generate"] = handle.generate
+        default, same, none = (
+            net.generate(**row, seed=1, **options, **extra)[:, -1] for extra in ({}, {"min_p": 0.05}, {"min_p": 0.0})
+        )
+    assert torch.equal(default, same) and not torch.equal(default, none)
+
+
+def test_a_library_that_changes_is_noticed(net, library, batch):
+    with pf.attach(net, library) as handle:
+        old = greedy(net, handle, batch, pf.Persona(policies={"formal": 1.0}))
+        library.add_policy("new", tiny.policy(net, 9))
+        library.add_mask("other", library.masks["introvert"])
+        new = greedy(net, handle, batch, pf.Persona(policies={"new": 1.0}))
+        assert greedy(net, handle, batch, pf.Persona(mask="other")).equal(
+            greedy(net, handle, batch, pf.Persona(mask="introvert"))
+        )
+        library.add_policy("formal", tiny.policy(net, 9))
+        replaced = greedy(net, handle, batch, pf.Persona(policies={"formal": 1.0}))
+        library.add_policy("foreign", tiny.policy(tiny.model("gpt2"), 1))
+        with pytest.raises(pf.PersonafastError, match="which the model lacks"):
+            greedy(net, handle, batch, None)
+    assert torch.equal(new, replaced) and not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_target_that_is_no_number_is_refused(net, library, batch, sample):
+    with pf.attach(net, library) as handle, pytest.raises(pf.PersonafastError, match="target: row 0"):
+        net.generate(
+            **batch,
+            max_new_tokens=2,
+            do_sample=sample,
+            custom_generate=handle.generate,
+            seed=1,
+            personas=pf.Persona(vectors={"creative": 3e38}),
+        )
+
+
+def test_a_blend_that_fails_leaves_the_bank_as_it_was(net, library, batch):
+    row = single(batch, 0)
+    personas = [pf.Persona(vectors={name: 5.0}) for name in ("creative", "futurist")]
+    with pf.attach(net, library, max_personas=2) as handle:
+        expected = [greedy(net, handle, row, persona) for persona in personas]
+        with pytest.raises(pf.PersonafastError, match="blocks"):
+            greedy(net, handle, row, pf.Persona(vectors={"creative": 1.0}, blocks=[99]))
+        third = greedy(net, handle, row, pf.Persona(vectors={"creative": -5.0}))
+        again = [greedy(net, handle, row, persona) for persona in personas]
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    assert not torch.equal(third, again[0]) and not torch.equal(third, again[1])
+
+
+def test_a_nested_call_does_not_take_the_slot_of_the_rows_in_force(net, library, batch):
+    with pf.attach(net, library, max_personas=1) as handle, handle.using([pf.Persona(vectors={"creative": 1.0})]):
+        with pytest.raises(pf.PersonafastError, match="max_personas"):
+            net(single(batch, 0)["input_ids"], personas=[pf.Persona(vectors={"futurist": 1.0})])
+
+
+def test_linears_that_flatten_rows_and_tokens_are_understood(batch):
+    """OPT's MLP sees [rows * tokens, features]."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    net = t.OPTForCausalLM(
+        t.OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=2,
+        )
+    ).eval()
+    net.generation_config.eos_token_id = None
+    with pf.attach(net, tiny.library(net)) as handle:
+        together = greedy(net, handle, batch, [None, PERSONAS[5], PERSONAS[3]])[:, -NEW:]
+        for row, persona in enumerate([None, PERSONAS[5], PERSONAS[3]]):
+            assert torch.equal(greedy(net, handle, single(batch, row), persona)[0, -NEW:], together[row])
+
+
+def test_models_with_a_recurrent_state_are_refused():
+    import transformers as t
+
+    net = t.MambaForCausalLM(t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(pf.UnsupportedModelError, match="recurrent state"):
+        pf.attach(net)
+
+
+def test_using_a_detached_handle_is_refused(net, library):
+    handle = pf.attach(net, library)
+    handle.detach()
+    with pytest.raises(pf.PersonafastError, match="detached"), handle.using([None]):
+        pass

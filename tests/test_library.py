@@ -240,3 +240,85 @@ def test_peft_reads_what_we_write_and_we_read_what_peft_writes(net, tmp_path):
 def test_a_bad_persona_is_refused(given, message):
     with pytest.raises(pf.PersonafastError, match=message):
         pf.Persona(**given)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(library, net, tmp_path):
+    net.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("x")
+    for target in ("model", "file"):
+        with pytest.raises(pf.PersonafastError, match="something else than a library"):
+            library.save_pretrained(tmp_path / target)
+    assert (tmp_path / "model" / "model.safetensors").is_file() and (tmp_path / "file").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    library.save_pretrained(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    library.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and pf.PersonaLibrary.from_pretrained(tmp_path / "link").policies
+
+
+def test_the_old_library_comes_back_when_the_new_one_cannot_take_its_place(library, folder, monkeypatch):
+    from pathlib import Path
+
+    before = sorted(path.name for path in folder.iterdir())
+    replace = Path.replace
+
+    def fail(self, target):
+        if Path(target) == folder and self.name != "previous":
+            raise OSError("no")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        library.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["library"]
+
+
+def test_one_tensor_under_two_names_is_saved(library, tmp_path):
+    vector = library.vectors["creative"]
+    library.add_vector("same", vector)
+    library.add_mask("same", library.masks["introvert"])
+    library.save_pretrained(tmp_path / "aliased")
+    assert torch.equal(
+        pf.PersonaLibrary.from_pretrained(tmp_path / "aliased").vectors["same"].directions, vector.directions
+    )
+    given = torch.ones(tiny.BLOCKS, tiny.HIDDEN)
+    library.add_vector("own", given)
+    given.fill_(torch.nan)
+    assert torch.isfinite(library.vectors["own"].directions).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda i: i.update(model={"hidden": 3}),
+        lambda i: i.update(policies=["formal"]),
+        lambda i: i.update(vectors=["creative"]),
+        lambda i: i["masks"]["introvert"].update(in_features=[3]),
+        lambda i: i["policies"].update(formal=None),
+    ],
+)
+def test_an_index_of_another_layout_is_named(folder, change):
+    edit_index(folder, change)
+    with pytest.raises(pf.FormatError, match=r"library\.json|masks\.safetensors"):
+        pf.PersonaLibrary.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1]}])
+def test_adapters_that_change_more_than_the_product_are_refused(folder, option):
+    config = folder / "policies/formal/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **option}))
+    with pytest.raises(pf.FormatError, match=next(iter(option))):
+        LoraPolicy.from_pretrained(folder / "policies/formal")
+
+
+def test_a_tokenizer_smaller_than_the_models_vocabulary_is_usual(folder, tmp_path):
+    """Models round their vocabulary up, so fewer tokens than rows of the embedding are no sign of another model."""
+    tok = tiny.tokenizer()
+    policy = tmp_path / "policy"
+    shutil.copytree(folder / "policies/formal", policy)
+    loaded, _ = _io.read_safetensors(policy / "adapter_model.safetensors")
+    _io.write_safetensors(policy / "adapter_model.safetensors", loaded, {"format": "pt"})
+    tok.save_pretrained(policy)
+    padded = pf.PersonaLibrary(pf.PersonaLibrary.from_pretrained(folder).shape.__class__("llama", 32, 3, 128))
+    padded.add_policy("x", policy)
