@@ -1,7 +1,8 @@
 """What personas cost in decoding, where reading the weights is the cost: one row, a Llama of 0.43 B random parameters.
 
-Every case decodes the same number of tokens; the cases take turns, and the median of each is divided by that of stock
-`generate` in the same run. Correctness comes first: a row without a persona must give stock generate's tokens.
+Every case is run for few and for more new tokens; the difference of the medians, per token, is divided by that of stock
+`generate` in the same run. The cases take turns. Correctness comes first: a row without a persona must give stock
+generate's tokens.
 
     OMP_WAIT_POLICY=passive python benchmarks/decode_cost.py --output benchmarks/results/decode_cost.json
 """
@@ -26,6 +27,7 @@ from personafast.density.lora import LoraFactors, LoraPolicy
 from personafast.models.anatomy import anatomy, linear_features
 
 POLICIES, RANK = 4, 16
+SHORT = 2
 
 
 def make_model(dtype: torch.dtype) -> Any:
@@ -75,27 +77,23 @@ def measure(tokens: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
     model = make_model(dtype)
     library = make_library(model)
     ids = torch.randint(5, 32000, (1, 16))
-    greedy = {"max_new_tokens": tokens, "do_sample": False}
-    seconds: dict[str, list[float]] = {"stock generate": []}
-    stock = model.generate(ids, **greedy)
+    names = ["stock generate", *cases()]
+    # Seconds of every run, by the number of new tokens: the prompt and the set-up are in both and cancel.
+    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in names for n in (SHORT, SHORT + tokens)}
     for turn in range(rounds + 1):
-        timed: dict[str, Callable[[], Any]] = {"stock generate": lambda: model.generate(ids, **greedy)}
-        with pf.attach(model, library) as handle:
-            for name, (persona, sampler) in cases().items():
-                timed[name] = lambda persona=persona, sampler=sampler: model.generate(
-                    ids, **greedy, custom_generate=handle.generate, personas=persona, sampler=sampler
-                )
-            if turn == 0:
-                assert torch.equal(timed["no persona"](), stock), "a row without a persona differs from stock generate"
-            for name in list(timed)[1:]:
-                began = time.perf_counter()
-                timed[name]()
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-        began = time.perf_counter()
-        timed["stock generate"]()
-        seconds["stock generate"].append(time.perf_counter() - began)
+        stock = generate(model, ids, SHORT, None)
+        for length in (SHORT, SHORT + tokens):
+            with pf.attach(model, library) as handle:
+                if turn == 0:
+                    same = generate(model, ids, SHORT, handle)
+                    assert torch.equal(same, stock), "a row without a persona differs from stock generate"
+                for name, (persona, sampler) in cases().items():
+                    options = {"personas": persona, "sampler": sampler}
+                    seconds[name, length].append(timed(lambda: generate(model, ids, length, handle, **options)))  # noqa: B023
+            seconds["stock generate", length].append(timed(lambda: generate(model, ids, length, None)))  # noqa: B023
     # The first turn warms up caches and threads.
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    medians = {key: statistics.median(values[1:]) for key, values in seconds.items()}
+    per_token = {name: (medians[name, SHORT + tokens] - medians[name, SHORT]) / tokens for name in names}
     return {
         "model": {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(dtype), "rows": 1},
         "settings": {"tokens": tokens, "rounds": rounds, "policies": POLICIES, "rank": RANK},
@@ -107,18 +105,30 @@ def measure(tokens: int, rounds: int, dtype: torch.dtype) -> dict[str, Any]:
         },
         "cases": {
             name: {
-                "ms_per_token": round(1000 * median / tokens, 1),
-                "times_stock": round(median / medians["stock generate"], 3),
+                "ms_per_token": round(1000 * value, 1),
+                "times_stock": round(value / per_token["stock generate"], 3),
             }
-            for name, median in medians.items()
+            for name, value in per_token.items()
         },
     }
 
 
+def generate(model: Any, ids: torch.Tensor, tokens: int, handle: pf.PersonaHandle | None, **options: Any) -> Any:
+    if handle is not None:
+        options["custom_generate"] = handle.generate
+    return model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens a run")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of every case")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens that are timed")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every case")
     parser.add_argument("--output", type=Path, help="where to write the JSON; printed when left out")
     options = parser.parse_args()
     text = json.dumps(measure(options.tokens, options.rounds, torch.bfloat16), indent=2)
