@@ -41,7 +41,8 @@ demo: $(STAMP) ## Compare every method on the built-in model
 test: $(STAMP) ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
 
-test-all: $(STAMP) ## Run every test
+test-all: $(STAMP) ## Run every test, those that train the zoo's models included
+	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
 	$(PY) -m pytest --durations=10 $(ARGS)
 
 lint: $(STAMP) ## Check style and floors: ruff, clang-format, import-linter
