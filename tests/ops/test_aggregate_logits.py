@@ -176,3 +176,32 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(PersonafastError, match=message):
         ops.aggregate_logits(**{**good, **change})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("aggregator", [LINEAR, GEOMETRIC])
+def test_a_member_of_weight_zero_gives_no_token_support(backend, aggregator):
+    ref, policies = torch.zeros(2, 4), torch.zeros(2, 2, 4)
+    ref[:, 1] = policies[0, :, 0] = policies[1, :, 2] = 9.0
+    weights = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # only the second policy; only the reference
+    with ops.use_backend(backend):
+        kept = run(ref, policies, weights, aggregator, 0.5).isfinite()
+    assert kept.tolist() == [[False, False, True, False], [False, True, False, False]]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("off", [4e-7, -4e-7])
+def test_weights_that_sum_to_one_up_to_rounding_leave_the_reference_no_share(backend, off):
+    ref = torch.tensor([[9.0, 0.0, -INF, 0.0]])
+    policies = torch.tensor([[[0.0, 0.0, 8.0, 9.0]], [[0.0, 0.0, 9.0, 8.0]]])
+    weights = torch.tensor([[0.6, 0.4 - off]])
+    assert 0 < abs(float(1 - weights.sum())) < 1e-6
+    with ops.use_backend(backend):
+        whole = run(ref, policies, weights, GEOMETRIC)
+        masked = run(ref, policies, weights, GEOMETRIC, 0.1)
+        shared = run(ref, policies, weights - 0.1, GEOMETRIC, 0.1)
+    expected = (0.6 * policies[0].log_softmax(-1) + 0.4 * policies[1].log_softmax(-1)).log_softmax(-1)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+    # The reference bars no token, and what it alone likes is in no support.
+    assert masked.isfinite().tolist() == [[False, False, True, True]]
+    assert shared.isfinite().tolist() == [[True, False, False, True]]

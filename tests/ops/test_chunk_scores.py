@@ -110,3 +110,17 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(PersonafastError, match=message):
         ops.chunk_scores(**{**good, **change})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("aggregator", [0, 1])
+def test_a_member_of_weight_zero_bars_no_token(backend, aggregator):
+    ref = torch.full((2, 3), -1.0)
+    policy = torch.tensor([[-0.5, -INF, -0.5], [-0.25, -2.0, -1.0]])[:, None].repeat(1, 2, 1)
+    weights = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    codes = torch.full((2,), aggregator, dtype=torch.int32)
+    with ops.use_backend(backend):
+        scores = ops.chunk_scores(ref, policy, weights, None, codes, torch.ones(2))
+        barred = ops.chunk_scores(ref, policy, weights[:1].flip(1).repeat(2, 1), None, codes, torch.ones(2))
+    torch.testing.assert_close(scores, torch.tensor([[0.75, -0.25, -0.25], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(barred, torch.tensor([[0.5, -INF, -INF]]).repeat(2, 1))
