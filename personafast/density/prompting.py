@@ -33,6 +33,9 @@ class SystemPrompts:
     def insert(self, ids: Sequence[int], text: str) -> list[int]:
         """The row's ids with the system text in place.
 
+        Where the template writes the system text into the user's turn, one that is there already cannot be told from
+        the user's words: it is kept, behind the new one.
+
         Raises:
             PersonafastError: the row does not begin as the chat template does (it may have a system message already),
                 or the template takes no system message.
