@@ -139,7 +139,7 @@ def test_kernel_row_depends_neither_on_the_batch_nor_on_threads(dtype, adjacent_
     args = laid_out(make(43, 4100, 4099, 3, 64, dtype, 4), adjacent_outputs, 0)
     out, x, A, B, slots, scale, _ = args
     ranks = torch.tensor([64, 57, 60], dtype=torch.int32)
-    # The work in both products from which dispatch.cpp employs a third thread.
+    # The work in both products from which lora_delta.cpp employs a third thread.
     assert sum(int(ranks[m]) for m in slots.tolist() if m >= 0) * 4099 >= 3 << 21
     threads = torch.get_num_threads()
     with ops.use_backend("cpu"):

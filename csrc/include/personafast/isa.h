@@ -2,8 +2,8 @@
 
 namespace personafast {
 
-// Instruction sets a CPU kernel may be compiled for, weakest first. avx512 means F, BW, VL, DQ and BF16: a machine with
-// AVX-512 but without BF16 takes avx2.
+// Instruction sets a CPU kernel may be compiled for, weakest first. avx512 means F, BW, VL, DQ, VBMI2 and BF16: a
+// machine with AVX-512 but without those takes avx2.
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 constexpr int kIsas = 3;
