@@ -57,7 +57,8 @@ def test_isa_units_share_no_inline_code():
             assert re.fullmatch(rf'"{isa}_\w+\.h"', include), f"{unit.name} includes {include}"
     for header in (ROOT / "csrc/cpu").glob("*_*.h"):
         # Internal linkage: no other unit can be given this copy.
-        assert re.search(r"namespace personafast::(scalar|avx2|avx512) \{\nnamespace \{", header.read_text()), (
+        text = header.read_text()
+        assert re.search(r"namespace personafast::(scalar|avx2|avx512) \{\nnamespace \{", text), header.name
             header.name
         )
     for header in [*(ROOT / "csrc/include").rglob("*.h"), ROOT / "csrc/cpu/kernels.h"]:
