@@ -59,8 +59,6 @@ def test_isa_units_share_no_inline_code():
         # Internal linkage: no other unit can be given this copy.
         text = header.read_text()
         assert re.search(r"namespace personafast::(scalar|avx2|avx512) \{\nnamespace \{", text), header.name
-            header.name
-        )
     for header in [*(ROOT / "csrc/include").rglob("*.h"), ROOT / "csrc/cpu/kernels.h"]:
         text = header.read_text()
         assert not re.search(
