@@ -17,16 +17,40 @@ struct LoraGroup {
   float* inner;  // [count, rank]: scale * A x of each row
 };
 
+// Which mask the rows of a tile multiply the weights by: none, one for all of them, or one each.
+enum class Keep : int { all, shared, each };
+
+// Rows of one call that are multiplied together. With Keep::each there are two of them.
+struct LinearTile {
+  const int64_t* rows;  // [count], where they stand in the batch
+  int64_t count;
+  Keep keep;
+  int32_t slots[2];
+};
+
+struct LinearPlan {
+  const LinearTile* tiles;
+  int64_t count;
+  const int64_t* order;  // [rows], the rows of all tiles, one after the other
+  int64_t rows;
+};
+
+// Most rows a tile may have, and most where there is a gamma; most rows of a plan.
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kSoftTileRows = 3;
+constexpr int64_t kPlanRows = 64;
+
 }  // namespace personafast
 
 // One namespace an instruction set. These are the only names that cross from an ISA unit to the dispatch, and no inline
 // function may: the linker keeps one copy of an inline function, perhaps the one the machine cannot run.
-#define PERSONAFAST_DECLARE_KERNELS(isa)                                                                  \
-  namespace personafast::isa {                                                                            \
-  void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                   \
-  void masked_linear_outputs(const MaskedLinearArgs& args, int64_t begin, int64_t end);                   \
-  void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);   \
-  void lora_delta_outputs(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end); \
+#define PERSONAFAST_DECLARE_KERNELS(isa)                                                                         \
+  namespace personafast::isa {                                                                                   \
+  void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                          \
+  void masked_linear_outputs(const MaskedLinearArgs& args, const LinearPlan& plan, void* scratch, int64_t begin, \
+                             int64_t end);                                                                       \
+  void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);          \
+  void lora_delta_outputs(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);        \
   }
 
 PERSONAFAST_DECLARE_KERNELS(scalar)
