@@ -8,6 +8,7 @@
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
+#include "personafast/sparse_linear.h"
 
 namespace py = pybind11;
 using namespace personafast;
@@ -86,6 +87,39 @@ int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t we
   return masked_linear_cpu(args, threads);
 }
 
+int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
+                      uintptr_t row_offsets, uintptr_t bias, int64_t value_count, int64_t rows, int64_t outputs,
+                      int64_t features, int dtype, int threads) {
+  const SparseLinearArgs args = {at<void>(out),
+                                 at<const void>(x),
+                                 x_stride,
+                                 at<const void>(values),
+                                 at<const int32_t>(bitmap),
+                                 at<const int64_t>(row_offsets),
+                                 at<const void>(bias),
+                                 value_count,
+                                 rows,
+                                 outputs,
+                                 features,
+                                 static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return sparse_linear_cpu(args, threads);
+}
+
+void compress(uintptr_t weight, int64_t weight_stride, uintptr_t bitmap, uintptr_t row_offsets, uintptr_t values,
+              int64_t outputs, int64_t features, int dtype, bool fill) {
+  const CompressArgs args = {at<const void>(weight),
+                             weight_stride,
+                             at<const int32_t>(bitmap),
+                             at<int64_t>(row_offsets),
+                             at<void>(values),
+                             outputs,
+                             features,
+                             static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  compress_cpu(args, fill);
+}
+
 void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
   philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
 }
@@ -120,8 +154,10 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info", &build_info,
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
+  module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("inject_", &inject, "personafast/inject.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
+  module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
 }

@@ -15,7 +15,7 @@ namespace personafast::avx512 {
 namespace {
 
 // Weight rows of a group, features of a block and of a word.
-constexpr int kGroup = 4;
+constexpr int kGroup = static_cast<int>(kOutputGroup);
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kWord = 32;
 

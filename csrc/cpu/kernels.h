@@ -5,6 +5,7 @@
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
+#include "personafast/sparse_linear.h"
 
 namespace personafast {
 
@@ -40,6 +41,9 @@ constexpr int64_t kTileRows = 6;
 constexpr int64_t kSoftTileRows = 3;
 constexpr int64_t kPlanRows = 64;
 
+// Outputs that are summed side by side. Threads take whole groups, so that which outputs share one depends on nothing.
+constexpr int64_t kOutputGroup = 4;
+
 }  // namespace personafast
 
 // One namespace an instruction set. These are the only names that cross from an ISA unit to the dispatch, and no inline
@@ -48,6 +52,8 @@ constexpr int64_t kPlanRows = 64;
   namespace personafast::isa {                                                                                   \
   void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                          \
   void masked_linear_outputs(const MaskedLinearArgs& args, const LinearPlan& plan, void* scratch, int64_t begin, \
+                             int64_t end);                                                                       \
+  void sparse_linear_outputs(const SparseLinearArgs& args, const LinearPlan& plan, void* scratch, int64_t begin, \
                              int64_t end);                                                                       \
   void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);          \
   void lora_delta_outputs(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);        \

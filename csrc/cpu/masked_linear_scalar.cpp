@@ -6,13 +6,6 @@
 namespace personafast::scalar {
 namespace {
 
-float pairwise(float* sums) {
-  for (int width = 16; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-  }
-  return sums[0];
-}
-
 // Features i to i + count - 1: bit j of bits keeps weight i + j. Masking is by AND, so that the compiler can vectorise
 // the full words, where count is the constant 32.
 template <Dtype D, bool Soft>
