@@ -23,6 +23,8 @@ struct LoraGroup {
 // function may: the linker keeps one copy of an inline function, perhaps the one the machine cannot run.
 #define PERSONAFAST_DECLARE_KERNELS(isa)                                                                  \
   namespace personafast::isa {                                                                            \
+  void exp_each(const float* x, float* out, int64_t count);                                               \
+  void log_each(const float* x, float* out, int64_t count);                                               \
   void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                   \
   void masked_linear_outputs(const MaskedLinearArgs& args, int64_t begin, int64_t end);                   \
   void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);   \
