@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "personafast/elementary.h"
 #include "personafast/inject.h"
 #include "personafast/isa.h"
 #include "personafast/lora_delta.h"
@@ -19,6 +20,10 @@ template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
+
+void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
 
 int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
                int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
@@ -155,7 +160,9 @@ PYBIND11_MODULE(_C, module) {
       "build_info", &build_info,
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
   module.def("compress", &compress, "personafast/sparse_linear.h");
+  module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
+  module.def("log", &log_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");

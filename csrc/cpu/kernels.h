@@ -46,21 +46,15 @@ constexpr int64_t kOutputGroup = 4;
 
 }  // namespace personafast
 
-// One namespace an instruction set. These are the only names that cross from an ISA unit to the dispatch, and no inline
-// function may: the linker keeps one copy of an inline function, perhaps the one the machine cannot run.
-#define PERSONAFAST_DECLARE_KERNELS(isa)                                                                         \
-  namespace personafast::isa {                                                                                   \
-  void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                          \
-  void masked_linear_outputs(const MaskedLinearArgs& args, const LinearPlan& plan, void* scratch, int64_t begin, \
-                             int64_t end);                                                                       \
-  void sparse_linear_outputs(const SparseLinearArgs& args, const LinearPlan& plan, void* scratch, int64_t begin, \
-                             int64_t end);                                                                       \
-  void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);          \
-  void lora_delta_outputs(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);        \
-  }
-
-PERSONAFAST_DECLARE_KERNELS(scalar)
-PERSONAFAST_DECLARE_KERNELS(avx2)
-PERSONAFAST_DECLARE_KERNELS(avx512)
-
-#undef PERSONAFAST_DECLARE_KERNELS
+// The kernels, once a namespace of an instruction set. These are the only names that cross from an ISA unit to the host
+// units, and no inline function may: the linker keeps one copy of an inline function, perhaps the one the machine
+// cannot run.
+namespace personafast::scalar {
+#include "declarations.inc"
+}
+namespace personafast::avx2 {
+#include "declarations.inc"
+}
+namespace personafast::avx512 {
+#include "declarations.inc"
+}
