@@ -10,6 +10,7 @@
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
 #include "personafast/sparse_linear.h"
+#include "personafast/token_logprobs.h"
 
 namespace py = pybind11;
 using namespace personafast;
@@ -125,6 +126,27 @@ void compress(uintptr_t weight, int64_t weight_stride, uintptr_t bitmap, uintptr
   compress_cpu(args, fill);
 }
 
+int64_t token_logprobs(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, uintptr_t head, int64_t head_stride,
+                       uintptr_t tokens, uintptr_t temperature, uintptr_t bias, float logit_scale, float softcap,
+                       int64_t rows, int64_t vocabulary, int64_t features, int dtype, int threads) {
+  const TokenLogprobsArgs args = {at<float>(out),
+                                  at<const void>(hidden),
+                                  hidden_stride,
+                                  at<const void>(head),
+                                  head_stride,
+                                  at<const int64_t>(tokens),
+                                  at<const float>(temperature),
+                                  at<const void>(bias),
+                                  logit_scale,
+                                  softcap,
+                                  rows,
+                                  vocabulary,
+                                  features,
+                                  static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return token_logprobs_cpu(args, threads);
+}
+
 void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
   philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
 }
@@ -167,4 +189,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
+  module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
 }

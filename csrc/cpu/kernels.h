@@ -6,6 +6,7 @@
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/sparse_linear.h"
+#include "personafast/token_logprobs.h"
 
 namespace personafast {
 
@@ -43,6 +44,15 @@ constexpr int64_t kPlanRows = 64;
 
 // Outputs that are summed side by side. Threads take whole groups, so that which outputs share one depends on nothing.
 constexpr int64_t kOutputGroup = 4;
+
+// exp(max) * sum is a sum of exponentials.
+struct LogSum {
+  float max;
+  float sum;
+};
+
+// Logits of a row that go into its LogSum at one time.
+constexpr int64_t kLogitPanel = 64;
 
 }  // namespace personafast
 
