@@ -2,10 +2,12 @@
 
 #include <stdint.h>
 
+#include "personafast/add_inject_rms_norm.h"
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/sparse_linear.h"
+#include "personafast/steer.h"
 
 namespace personafast {
 
@@ -43,6 +45,24 @@ constexpr int64_t kPlanRows = 64;
 
 // Outputs that are summed side by side. Threads take whole groups, so that which outputs share one depends on nothing.
 constexpr int64_t kOutputGroup = 4;
+
+// Sums over a row h with direction d that its new value depends on; 0 where the mode needs them not.
+struct SteerSums {
+  float hd;  // h.d and d.d: ablate, clamp
+  float dd;
+  float hh;  // h.h and m.m with m = h + (scale p0) d: norm-preserving addition
+  float mm;
+};
+
+// The row becomes (keep * h + add * d) * ratio. Where keep is 1 and add is 0 it is left alone.
+struct SteerUpdate {
+  float keep;
+  float add;
+  float ratio;
+};
+
+// What `sums` mean for row t, whose slot is not -1. One function for all instruction sets, in steer.cpp.
+SteerUpdate steer_update(const SteerArgs& args, int64_t t, SteerSums sums);
 
 }  // namespace personafast
 
