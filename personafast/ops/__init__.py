@@ -4,6 +4,7 @@ Importing this imports torch and nothing else: no triton, no transformers.
 """
 
 from personafast.ops import philox
+from personafast.ops._add_inject_rms_norm import add_inject_rms_norm
 from personafast.ops._aggregate_logits import aggregate_logits
 from personafast.ops._aggregator import Aggregator
 from personafast.ops._backend import BACKENDS, available, chosen, use_backend
@@ -14,11 +15,14 @@ from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
 from personafast.ops._sparse_linear import compress, sparse_linear
+from personafast.ops._steer import SteerMode, steer_
 from personafast.ops._token_logprobs import token_logprobs
 
 __all__ = [
     "BACKENDS",
     "Aggregator",
+    "SteerMode",
+    "add_inject_rms_norm",
     "aggregate_logits",
     "available",
     "chosen",
@@ -31,6 +35,7 @@ __all__ = [
     "pack_mask",
     "philox",
     "sparse_linear",
+    "steer_",
     "token_logprobs",
     "unpack_mask",
     "use_backend",
