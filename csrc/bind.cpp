@@ -100,6 +100,26 @@ int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_str
   return lora_delta_cpu(args, threads);
 }
 
+void linear(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t weight_stride, uintptr_t bias, int64_t rows,
+            int64_t outputs, int64_t features, int dtype, int threads) {
+  const MaskedLinearArgs args = {at<void>(out),
+                                 at<const void>(x),
+                                 features,
+                                 at<const void>(weight),
+                                 weight_stride,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 at<const void>(bias),
+                                 rows,
+                                 outputs,
+                                 features,
+                                 0,
+                                 static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  masked_linear_cpu(args, threads);
+}
+
 int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
                       uintptr_t masks, uintptr_t slots, uintptr_t gamma, uintptr_t bias, int64_t rows, int64_t outputs,
                       int64_t features, int64_t personas, int dtype, int threads) {
@@ -233,6 +253,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
+  module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");

@@ -11,6 +11,7 @@ from personafast.ops._backend import BACKENDS, available, chosen, use_backend
 from personafast.ops._chunk_accept import chunk_accept
 from personafast.ops._chunk_scores import chunk_scores
 from personafast.ops._inject import inject_
+from personafast.ops._linear import linear
 from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
@@ -30,6 +31,7 @@ __all__ = [
     "chunk_scores",
     "compress",
     "inject_",
+    "linear",
     "lora_delta_",
     "masked_linear",
     "pack_mask",
