@@ -14,6 +14,7 @@ from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
 from personafast.ops._token_logprobs import token_logprobs
+from personafast.ops._verify_draft import verify_draft
 
 __all__ = [
     "BACKENDS",
@@ -31,4 +32,5 @@ __all__ = [
     "token_logprobs",
     "unpack_mask",
     "use_backend",
+    "verify_draft",
 ]
