@@ -49,8 +49,8 @@ class Rows {
     if (args_.block) {
       joint_[0] = 1.0;
       for (int64_t j = 1; j <= length; ++j) {
-        const double product = joint_[j - 1] == 0.0 ? 0.0 : joint_[j - 1] * ratio(row, j - 1);
-        joint_[j] = product > 1.0 ? 1.0 : product;
+        joint_[j] = joint_[j - 1] * ratio(row, j - 1);
+        if (joint_[j] > 1.0) joint_[j] = 1.0;
       }
       for (kept = length; kept > 0; --kept) {
         double share = joint_[kept];
@@ -91,12 +91,13 @@ class Rows {
     return static_cast<const char*>(args_.draft) + (row * args_.draft_stride_b + j * args_.draft_stride_j) * bytes_;
   }
 
-  // Target over draft of drafted token j.
+  // Target over draft of drafted token j. NaN, for a token that neither can produce, rejects it and, in a block, all
+  // that follow.
   double ratio(int64_t row, int64_t j) const {
     const int64_t token = args_.tokens[row * args_.chunk + j];
     const double log_q = element(target(row, j), token, args_.dtype);
     const double log_p = args_.draft ? element(draft(row, j), token, args_.dtype) : 0.0;
-    return log_q == -kInfinity ? 0.0 : exp(log_q - log_p);
+    return exp(log_q - log_p);
   }
 
   Residual whole(int64_t row, int64_t j) const { return {target(row, j), nullptr, -1, 1.0f, args_.dtype}; }

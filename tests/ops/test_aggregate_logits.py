@@ -230,8 +230,9 @@ def test_nan_is_not_hidden(backend, aggregator):
     ref, policies = torch.zeros(2, 4), torch.zeros(1, 2, 4)
     policies[0, 1, 2] = float("nan")
     with on(backend):
-        out = run(ref, policies, torch.full((2, 1), 0.5), aggregator, 0.1)
-    assert out[0].isfinite().all() and out[1].isnan().any()
+        for weight in (0.5, 1.0):
+            out = run(ref, policies, torch.full((2, 1), weight), aggregator, 0.1)
+            assert out[0].isfinite().all() and out[1].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -244,10 +244,10 @@ def test_an_impossible_draft_token_of_probability_zero_is_no_nan(verify, block):
 
 @pytest.mark.parametrize("block", [False, True], ids=["token", "block"])
 def test_nothing_to_draw_is_an_error(verify, block):
-    for broken in (float("nan"), -INF):
+    for broken, where in ((float("nan"), slice(None)), (float("nan"), 4), (-INF, slice(None))):
         target, draft, tokens, lengths, seeds, positions = make(3, 2, 9, 6)
         lengths[:] = 0
-        target[1, 0] = broken
+        target[1, 0, where] = broken
         with pytest.raises(PersonafastError, match="`target_logp` of row 1 leaves no token to draw"):
             verify(target, draft, tokens, lengths, seeds, positions, block)
 
