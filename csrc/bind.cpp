@@ -4,15 +4,19 @@
 #include <pybind11/pybind11.h>
 
 #include "personafast/add_inject_rms_norm.h"
+#include "personafast/aggregate_logits.h"
+#include "personafast/chunk_scores.h"
 #include "personafast/elementary.h"
 #include "personafast/inject.h"
 #include "personafast/isa.h"
 #include "personafast/lora_delta.h"
+#include "personafast/mask_bits.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
 #include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
+#include "personafast/verify_draft.h"
 
 namespace py = pybind11;
 using namespace personafast;
@@ -22,6 +26,39 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+int64_t aggregate_logits(uintptr_t out, uintptr_t ref, int64_t ref_stride, uintptr_t policies, int64_t policy_stride_n,
+                         int64_t policy_stride_b, uintptr_t weights, uintptr_t carried, uintptr_t aggregator,
+                         uintptr_t min_p, int64_t rows, int64_t members, int64_t vocabulary, int dtype, int threads) {
+  const AggregateLogitsArgs args = {at<float>(out),
+                                    at<const void>(ref),
+                                    ref_stride,
+                                    at<const void>(policies),
+                                    policy_stride_n,
+                                    policy_stride_b,
+                                    at<const float>(weights),
+                                    at<const float>(carried),
+                                    at<const int32_t>(aggregator),
+                                    at<const float>(min_p),
+                                    rows,
+                                    members,
+                                    vocabulary,
+                                    static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return aggregate_logits_cpu(args, threads);
+}
+
+void chunk_accept(uintptr_t out, uintptr_t scores, uintptr_t log_bound, uintptr_t log_u, uintptr_t lengths,
+                  int64_t rows, int64_t chunk) {
+  chunk_accept_cpu(at<int32_t>(out), at<const float>(scores), at<const float>(log_bound), at<const float>(log_u),
+                   at<const int32_t>(lengths), rows, chunk);
+}
+
+int64_t chunk_scores(uintptr_t out, uintptr_t ref, uintptr_t policies, uintptr_t weights, uintptr_t carried,
+                     uintptr_t aggregator, int64_t rows, int64_t members, int64_t chunk) {
+  return chunk_scores_cpu({at<float>(out), at<const float>(ref), at<const float>(policies), at<const float>(weights),
+                           at<const float>(carried), at<const int32_t>(aggregator), rows, members, chunk});
 }
 
 void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
@@ -102,20 +139,9 @@ int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_str
 
 void linear(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t weight_stride, uintptr_t bias, int64_t rows,
             int64_t outputs, int64_t features, int dtype, int threads) {
-  const MaskedLinearArgs args = {at<void>(out),
-                                 at<const void>(x),
-                                 features,
-                                 at<const void>(weight),
-                                 weight_stride,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr,
-                                 at<const void>(bias),
-                                 rows,
-                                 outputs,
-                                 features,
-                                 0,
-                                 static_cast<Dtype>(dtype)};
+  const MaskedLinearArgs args = {at<void>(out), at<const void>(x), features, at<const void>(weight),   weight_stride,
+                                 nullptr,       nullptr,           nullptr,  at<const void>(bias),     rows,
+                                 outputs,       features,          0,        static_cast<Dtype>(dtype)};
   py::gil_scoped_release released;
   masked_linear_cpu(args, threads);
 }
@@ -215,8 +241,46 @@ int64_t steer(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr
   return steer_cpu(args, threads);
 }
 
+void pack_mask(uintptr_t from, int64_t from_stride, uintptr_t to, int64_t rows, int64_t columns, int threads) {
+  py::gil_scoped_release released;
+  pack_mask_cpu({at<const void>(from), from_stride, at<void>(to), rows, columns}, threads);
+}
+
+void unpack_mask(uintptr_t from, int64_t from_stride, uintptr_t to, int64_t rows, int64_t columns, int threads) {
+  py::gil_scoped_release released;
+  unpack_mask_cpu({at<const void>(from), from_stride, at<void>(to), rows, columns}, threads);
+}
+
 void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
   philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
+}
+
+int64_t verify_draft(uintptr_t out, uintptr_t accepted, uintptr_t target, int64_t target_stride_b,
+                     int64_t target_stride_j, uintptr_t draft, int64_t draft_stride_b, int64_t draft_stride_j,
+                     uintptr_t tokens, uintptr_t lengths, uintptr_t seeds, uintptr_t positions, uint32_t accept_stream,
+                     uint32_t sample_stream, int64_t rows, int64_t chunk, int64_t vocabulary, bool block, int dtype,
+                     int threads) {
+  const VerifyDraftArgs args = {at<int64_t>(out),
+                                at<int32_t>(accepted),
+                                at<const void>(target),
+                                target_stride_b,
+                                target_stride_j,
+                                at<const void>(draft),
+                                draft_stride_b,
+                                draft_stride_j,
+                                at<const int64_t>(tokens),
+                                at<const int32_t>(lengths),
+                                at<const int64_t>(seeds),
+                                at<const int64_t>(positions),
+                                accept_stream,
+                                sample_stream,
+                                rows,
+                                chunk,
+                                vocabulary,
+                                block,
+                                static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return verify_draft_cpu(args, threads);
 }
 
 py::dict build_info() {
@@ -251,14 +315,20 @@ PYBIND11_MODULE(_C, module) {
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
   module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
+  module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");
+  module.def("chunk_accept", &chunk_accept, "personafast/chunk_scores.h");
+  module.def("chunk_scores", &chunk_scores, "personafast/chunk_scores.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
   module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
+  module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
   module.def("steer_", &steer, "personafast/steer.h");
+  module.def("unpack_mask", &unpack_mask, "personafast/mask_bits.h");
+  module.def("verify_draft", &verify_draft, "personafast/verify_draft.h");
 }

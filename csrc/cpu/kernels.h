@@ -3,14 +3,50 @@
 #include <stdint.h>
 
 #include "personafast/add_inject_rms_norm.h"
+#include "personafast/dtype.h"
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
+#include "personafast/mask_bits.h"
 #include "personafast/masked_linear.h"
 #include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
 
 namespace personafast {
+
+// One member of a blend of logits; what is -inf after the shift is impossible.
+struct LogitsMember {
+  const void* logits;  // [vocabulary]
+  float shift;         // subtracted from each: their largest, or NaN where they have none
+  float weight;        // geometric: its coefficient; mixture: the log of its share, less the log of its sum of exp
+  float floor;         // a token of at least this, after the shift, is in the support
+};
+
+// The target of one row: the sum of weight * (logits - shift), or for a mixture log of the sum of
+// exp(weight + logits - shift), -inf where a member bars the token or, if masked, no member supports it.
+struct LogitsBlend {
+  float* out;  // [vocabulary]
+  const LogitsMember* members;
+  int64_t count;
+  Dtype dtype;  // of the logits
+  bool mixture;
+  bool masked;
+};
+
+// Tokens whose largest logit logits_max notes together.
+constexpr int64_t kLogitsTile = 256;
+
+// What a draft leaves of a target: (scale * exp(target) - exp(draft))+ for every token, 0 for one that is barred.
+struct Residual {
+  const void* target;  // [vocabulary] log probabilities
+  const void* draft;   // likewise, or null for none
+  int64_t barred;      // a token, or -1
+  float scale;
+  Dtype dtype;  // of target and draft
+};
+
+// Tokens whose residual is summed together.
+constexpr int64_t kResidualTile = 256;
 
 // Rows of one call that share an adapter.
 struct LoraGroup {

@@ -85,6 +85,13 @@ def _aggregate_logits(generator: torch.Generator, device: str) -> torch.Tensor:
     return ops.aggregate_logits(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device), min_p)
 
 
+def _verify_draft(generator: torch.Generator, device: str) -> torch.Tensor:
+    target, draft = (_normal(generator, device, 2, n, 41).log_softmax(-1) for n in (4, 3))
+    tokens, seeds = torch.tensor([[3, 40, 7], [12, 5, 0]], device=device), torch.tensor([1, 2], device=device)
+    lengths = torch.tensor([3, 2], dtype=torch.int32, device=device)
+    return ops.verify_draft(target, draft, tokens, lengths, seeds, seeds, True)[0]
+
+
 CASES: dict[str, Case] = {
     "inject_": _inject,
     "masked_linear": _masked_linear,
@@ -95,6 +102,7 @@ CASES: dict[str, Case] = {
     "chunk_scores": _chunk_scores,
     "chunk_accept": _chunk_accept,
     "aggregate_logits": _aggregate_logits,
+    "verify_draft": _verify_draft,
 }
 
 

@@ -18,6 +18,7 @@ from personafast.ops._masked_linear import masked_linear
 from personafast.ops._sparse_linear import compress, sparse_linear
 from personafast.ops._steer import SteerMode, steer_
 from personafast.ops._token_logprobs import token_logprobs
+from personafast.ops._verify_draft import verify_draft
 
 __all__ = [
     "BACKENDS",
@@ -41,4 +42,5 @@ __all__ = [
     "token_logprobs",
     "unpack_mask",
     "use_backend",
+    "verify_draft",
 ]

@@ -12,6 +12,8 @@ from personafast.ops._library import check_dims, check_float, check_no_grad, che
 
 _OP = "aggregate_logits"
 
+_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 # A geometric blend whose weights sum to 1 up to rounding leaves nothing of the reference: it is no member then.
 REFERENCE_SHARE = 1e-6
 
@@ -25,7 +27,8 @@ def _validate(
     p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> None:
-    check_no_grad(_OP, ref, policies, weights, carried)
+    if torch.is_grad_enabled():
+        check_no_grad(_OP, ref, policies, weights, carried)
     check_dims(_OP, "ref", ref, 2, "[B, V]")
     check_float(_OP, "ref", ref)
     check_float(_OP, "policies", policies)
@@ -183,6 +186,62 @@ def _vectorised(
     return poison(result, aggregator)
 
 
+def _kernel_refuses(
+    ref: torch.Tensor,
+    policies: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    min_p: torch.Tensor,
+) -> str | None:
+    if ref.dtype not in _KERNEL_DTYPES or policies.dtype not in _KERNEL_DTYPES:
+        return "dtype torch.float64"
+    small = weights.is_cpu and aggregator.is_cpu and min_p.is_cpu and (carried is None or carried.is_cpu)
+    if not (ref.is_cpu and policies.is_cpu and small):
+        return "tensors of several devices"
+    return None
+
+
+def _cpp(
+    ref: torch.Tensor,
+    policies: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    if ref.dtype != policies.dtype:
+        ref, policies = ref.float(), policies.float()
+    if ref.stride(1) != 1:
+        ref = ref.contiguous()
+    if policies.stride(2) != 1:
+        policies = policies.contiguous()
+    weights, min_p, aggregator = weights.float().contiguous(), min_p.float().contiguous(), aggregator.contiguous()
+    carried = None if carried is None else carried.float().contiguous()
+    out = torch.empty(ref.shape, dtype=torch.float32)
+    wrong = _backend.module("cpu").aggregate_logits(
+        out.data_ptr(),
+        ref.data_ptr(),
+        ref.stride(0),
+        policies.data_ptr(),
+        policies.stride(0),
+        policies.stride(1),
+        weights.data_ptr(),
+        0 if carried is None else carried.data_ptr(),
+        aggregator.data_ptr(),
+        min_p.data_ptr(),
+        ref.shape[0],
+        policies.shape[0],
+        ref.shape[1],
+        _KERNEL_DTYPES[ref.dtype],
+        torch.get_num_threads(),
+    )
+    if wrong >= 0:
+        rules_in_use(_OP, aggregator, weights)
+        _check_min_p(min_p)
+    return out
+
+
 def _run(
     ref: torch.Tensor,
     policies: torch.Tensor,
@@ -193,8 +252,13 @@ def _run(
     min_p: torch.Tensor,
 ) -> torch.Tensor:
     _validate(ref, policies, weights, carried, aggregator, p, min_p)
-    slow = _backend.pick(_OP, ref.device.type) == "reference"
-    form = reference if slow else _vectorised
+    backend = _backend.pick(_OP, ref.device.type)
+    if backend == "cpu":
+        why = _kernel_refuses(ref, policies, weights, carried, aggregator, min_p)
+        if why is None:
+            return _cpp(ref, policies, weights, carried, aggregator, min_p)
+        _backend.refuse(_OP, why)
+    form = reference if backend == "reference" else _vectorised
     return form(ref, policies, weights, carried, aggregator, p, min_p)
 
 
@@ -216,6 +280,7 @@ _op = register(
     " Tensor min_p) -> Tensor",
     _run,
     _fake,
+    kernels=("cpu",),
 )
 
 
@@ -235,8 +300,9 @@ def aggregate_logits(
     Then the support mask: a token stays iff its probability under at least one member is at least min_p times that
     member's largest; the others get -inf and the rest is normalised again. Members are the policies of non-zero
     weight, and the reference where the geometric rule leaves it a share, 1 - sum_i w_i > 1e-6, or where every weight
-    is zero: the target is then the reference under both rules. One policy at weight 1 gives log_softmax of its logits
-    bit for bit at min_p = 0. A member of weight zero counts for nothing, infinite logits included; a token that
+    is zero: the target is then the reference under both rules. At min_p = 0 one policy at weight 1 gives log_softmax
+    of its logits, bit for bit in torch (the backend `reference`, and where no kernel runs), up to rounding in the C++
+    kernel. A member of weight zero counts for nothing, infinite logits included; a token that
     another member, or a reference with a coefficient, excludes is excluded; a row that would be left without any
     token is the reference's.
 

@@ -5,27 +5,41 @@ from __future__ import annotations
 import torch
 
 from personafast.ops import _backend
-from personafast.ops._library import check_dims, check_dtype, check_float, check_no_grad, check_shape, register
+from personafast.ops._library import FLOATS, check_dims, check_dtype, check_float, check_no_grad, check_shape, register
 
 _OP = "chunk_accept"
 
 
 def _validate(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> None:
-    check_no_grad(_OP, scores, log_bound, log_u)
-    check_dims(_OP, "scores", scores, 2, "[B, k]")
-    check_float(_OP, "scores", scores)
-    check_float(_OP, "log_bound", log_bound)
-    check_float(_OP, "log_u", log_u)
-    check_shape(_OP, "log_bound", log_bound, tuple(scores.shape), "[B, k]")
-    check_shape(_OP, "log_u", log_u, tuple(scores.shape), "[B, k]")
-    check_dtype(_OP, "lengths", lengths, torch.int32)
-    check_shape(_OP, "lengths", lengths, (scores.shape[0],), "[B]")
+    # Checked in line and explained only when something is wrong: the checks are a good part of a call this small.
+    if torch.is_grad_enabled():
+        check_no_grad(_OP, scores, log_bound, log_u)
+    if scores.dim() != 2:
+        check_dims(_OP, "scores", scores, 2, "[B, k]")
+    if scores.dtype not in FLOATS or log_bound.dtype not in FLOATS or log_u.dtype not in FLOATS:
+        check_float(_OP, "scores", scores)
+        check_float(_OP, "log_bound", log_bound)
+        check_float(_OP, "log_u", log_u)
+    shape = scores.shape
+    if log_bound.shape != shape or log_u.shape != shape:
+        check_shape(_OP, "log_bound", log_bound, tuple(shape), "[B, k]")
+        check_shape(_OP, "log_u", log_u, tuple(shape), "[B, k]")
+    if lengths.dtype != torch.int32 or lengths.shape != shape[:1]:
+        check_dtype(_OP, "lengths", lengths, torch.int32)
+        check_shape(_OP, "lengths", lengths, (shape[0],), "[B]")
+
+
+def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Half precision compares in fp32; float64 anywhere, in float64."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return [tensor.double() if double else tensor.float() for tensor in tensors]
 
 
 def reference(
     scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
     """The specification of `chunk_accept` in plain torch: the whole chunk first, then shorter and shorter prefixes."""
+    scores, log_bound, log_u = _wide(scores, log_bound, log_u)
     accepted = torch.zeros_like(lengths)
     for row in range(scores.shape[0]):
         for j in range(min(int(lengths[row]), scores.shape[1]), 0, -1):
@@ -40,15 +54,49 @@ def _vectorised(
 ) -> torch.Tensor:
     if scores.shape[1] == 0:
         return torch.zeros_like(lengths)
+    scores, log_bound, log_u = _wide(scores, log_bound, log_u)
     count = torch.arange(1, scores.shape[1] + 1, dtype=torch.int32, device=scores.device)
     stands = (log_u < scores - log_bound) & (count <= lengths[:, None])
     return (stands * count).amax(1)
 
 
+def _kernel_refuses(
+    scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
+) -> str | None:
+    if torch.float64 in (scores.dtype, log_bound.dtype, log_u.dtype):
+        return "dtype torch.float64"
+    if not (scores.is_cpu and log_bound.is_cpu and log_u.is_cpu and lengths.is_cpu):
+        return "tensors of several devices"
+    return None
+
+
+def _cpp(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    scores = scores.float().contiguous()
+    log_bound = log_bound.float().contiguous()
+    log_u = log_u.float().contiguous()
+    lengths = lengths.contiguous()
+    accepted = torch.empty_like(lengths)
+    _backend.module("cpu").chunk_accept(
+        accepted.data_ptr(),
+        scores.data_ptr(),
+        log_bound.data_ptr(),
+        log_u.data_ptr(),
+        lengths.data_ptr(),
+        scores.shape[0],
+        scores.shape[1],
+    )
+    return accepted
+
+
 def _run(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     _validate(scores, log_bound, log_u, lengths)
-    slow = _backend.pick(_OP, scores.device.type) == "reference"
-    return (reference if slow else _vectorised)(scores, log_bound, log_u, lengths)
+    backend = _backend.pick(_OP, scores.device.type)
+    if backend == "cpu":
+        why = _kernel_refuses(scores, log_bound, log_u, lengths)
+        if why is None:
+            return _cpp(scores, log_bound, log_u, lengths)
+        _backend.refuse(_OP, why)
+    return (reference if backend == "reference" else _vectorised)(scores, log_bound, log_u, lengths)
 
 
 def _fake(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -60,6 +108,7 @@ _op = register(
     "chunk_accept(Tensor scores, Tensor log_bound, Tensor log_u, Tensor lengths) -> Tensor",
     _run,
     _fake,
+    kernels=("cpu",),
 )
 
 
@@ -69,8 +118,8 @@ def chunk_accept(
     """Length of the prefix that speculative chunk rejection accepts (MPG, arXiv 2511.01891, algorithm 1).
 
     The largest j <= lengths[b] with log_u[b, j - 1] < scores[b, j - 1] - log_bound[b, j - 1], or 0 if there is none:
-    the whole chunk is tried first, then shorter prefixes. A comparison with NaN rejects; a bound of -inf accepts any
-    score that is not -inf.
+    the whole chunk is tried first, then shorter prefixes. Compared in fp32, or in float64 if one of the three is. A
+    comparison with NaN rejects; a bound of -inf accepts any score that is not -inf.
 
     Args:
         scores: floating [B, k] from `chunk_scores`.

@@ -8,7 +8,7 @@ import torch
 
 from personafast.ops import _backend
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
-from personafast.ops._library import check_dims, check_float, check_no_grad, check_shape, register
+from personafast.ops._library import FLOATS, check_dims, check_float, check_no_grad, check_shape, register
 
 _OP = "chunk_scores"
 
@@ -21,15 +21,27 @@ def _validate(
     aggregator: torch.Tensor,
     p: torch.Tensor,
 ) -> None:
-    check_no_grad(_OP, ref_logp, policy_logp, weights, carried)
-    check_dims(_OP, "ref_logp", ref_logp, 2, "[B, k]")
-    check_float(_OP, "ref_logp", ref_logp)
-    check_float(_OP, "policy_logp", policy_logp)
+    # Checked in line and explained only when something is wrong: the checks are a good part of a call this small.
+    if torch.is_grad_enabled():
+        check_no_grad(_OP, ref_logp, policy_logp, weights, carried)
+    if ref_logp.dim() != 2 or policy_logp.dim() != 3:
+        check_dims(_OP, "ref_logp", ref_logp, 2, "[B, k]")
+        check_dims(_OP, "policy_logp", policy_logp, 3, "[N, B, k]")
+    if ref_logp.dtype not in FLOATS or policy_logp.dtype not in FLOATS:
+        check_float(_OP, "ref_logp", ref_logp)
+        check_float(_OP, "policy_logp", policy_logp)
     batch, chunk = ref_logp.shape
-    check_dims(_OP, "policy_logp", policy_logp, 3, "[N, B, k]")
-    check_shape(_OP, "policy_logp", policy_logp, (policy_logp.shape[0], batch, chunk), "[N, B, k]")
-    check_members(_OP, batch, policy_logp.shape[0], weights, carried)
-    check_rule_shapes(_OP, batch, aggregator, p)
+    members = policy_logp.shape[0]
+    if policy_logp.shape != (members, batch, chunk):
+        check_shape(_OP, "policy_logp", policy_logp, (members, batch, chunk), "[N, B, k]")
+    if (
+        weights.dtype not in FLOATS
+        or weights.shape != (batch, members)
+        or (carried is not None and (carried.dtype not in FLOATS or carried.shape != (batch, members)))
+    ):
+        check_members(_OP, batch, members, weights, carried)
+    if aggregator.dtype != torch.int32 or aggregator.shape != (batch,) or p.dtype not in FLOATS or p.shape != (batch,):
+        check_rule_shapes(_OP, batch, aggregator, p)
 
 
 def reference(
@@ -98,6 +110,38 @@ def _vectorised(
     return poison(torch.where(barred.cumsum(1) > 0, -math.inf, scores), aggregator)
 
 
+def _cpp(
+    ref_logp: torch.Tensor,
+    policy_logp: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+) -> torch.Tensor:
+    ref = ref_logp.float().contiguous()
+    policies = policy_logp.float().contiguous()
+    weights = weights.float().contiguous()
+    aggregator = aggregator.contiguous()
+    if carried is not None:
+        carried = carried.float().contiguous()
+    scores = torch.empty_like(ref)
+    batch, chunk = ref.shape
+    members = policies.shape[0]
+    wrong = _backend.module("cpu").chunk_scores(
+        scores.data_ptr(),
+        ref.data_ptr(),
+        policies.data_ptr(),
+        weights.data_ptr(),
+        0 if carried is None else carried.data_ptr(),
+        aggregator.data_ptr(),
+        batch,
+        members,
+        chunk,
+    )
+    if wrong >= 0:
+        rules_in_use(_OP, aggregator, weights)
+    return scores
+
+
 def _run(
     ref_logp: torch.Tensor,
     policy_logp: torch.Tensor,
@@ -107,8 +151,13 @@ def _run(
     p: torch.Tensor,
 ) -> torch.Tensor:
     _validate(ref_logp, policy_logp, weights, carried, aggregator, p)
-    slow = _backend.pick(_OP, ref_logp.device.type) == "reference"
-    form = reference if slow else _vectorised
+    backend = _backend.pick(_OP, ref_logp.device.type)
+    if backend == "cpu":
+        small = weights.is_cpu and aggregator.is_cpu and (carried is None or carried.is_cpu)
+        if ref_logp.is_cpu and policy_logp.is_cpu and small:
+            return _cpp(ref_logp, policy_logp, weights, carried, aggregator)
+        _backend.refuse(_OP, "tensors of several devices")
+    form = reference if backend == "reference" else _vectorised
     return form(ref_logp, policy_logp, weights, carried, aggregator, p)
 
 
@@ -129,6 +178,7 @@ _op = register(
     " -> Tensor",
     _run,
     _fake,
+    kernels=("cpu",),
 )
 
 

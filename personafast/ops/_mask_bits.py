@@ -45,8 +45,21 @@ def _validate_pack(mask: torch.Tensor) -> None:
     check_dtype("pack_mask", "mask", mask, torch.bool)
 
 
+def _cpp_pack(mask: torch.Tensor) -> torch.Tensor:
+    rows, columns = mask.shape
+    if mask.stride(1) != 1:
+        mask = mask.contiguous()
+    packed = torch.empty((rows, words(columns)), dtype=torch.int32)
+    _backend.module("cpu").pack_mask(
+        mask.data_ptr(), mask.stride(0), packed.data_ptr(), rows, columns, torch.get_num_threads()
+    )
+    return packed
+
+
 def _run_pack(mask: torch.Tensor) -> torch.Tensor:
     _validate_pack(mask)
+    if _backend.pick("pack_mask", mask.device.type) == "cpu":
+        return _cpp_pack(mask)
     return pack_reference(mask)
 
 
@@ -65,9 +78,23 @@ def _validate_unpack(packed: torch.Tensor, features: int) -> None:
         )
 
 
+def _cpp_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
+    rows = packed.shape[0]
+    if packed.stride(1) != 1:
+        packed = packed.contiguous()
+    mask = torch.empty((rows, features), dtype=torch.bool)
+    _backend.module("cpu").unpack_mask(
+        packed.data_ptr(), packed.stride(0), mask.data_ptr(), rows, features, torch.get_num_threads()
+    )
+    return mask
+
+
 def _run_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     _validate_unpack(packed, features)
-    if _backend.pick("unpack_mask", packed.device.type) == "reference":
+    backend = _backend.pick("unpack_mask", packed.device.type)
+    if backend == "cpu":
+        return _cpp_unpack(packed, features)
+    if backend == "reference":
         return unpack_reference(packed, features)
     return unpack(packed, features).clone(memory_format=torch.contiguous_format)
 
@@ -77,8 +104,8 @@ def _fake_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     return packed.new_empty((packed.shape[0], features), dtype=torch.bool)
 
 
-_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack)
-_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack)
+_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack, kernels=("cpu",))
+_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack, kernels=("cpu",))
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,21 @@ def test_isa_units_share_no_inline_code():
 def test_every_instruction_set_obeys_the_rules(isa):
     if isa not in INFO["isas_supported"]:
         pytest.skip(f"this machine cannot run {isa}")
-    operators = ("add_inject_rms_norm", "inject", "lora_delta", "masked_linear", "steer")
+    operators = (
+        "add_inject_rms_norm",
+        "aggregate_logits",
+        "chunk_accept",
+        "chunk_scores",
+        "inject",
+        "linear",
+        "lora_delta",
+        "mask_bits",
+        "masked_linear",
+        "sparse_linear",
+        "steer",
+        "token_logprobs",
+        "verify_draft",
+    )
     tests = [str(ROOT / "tests/ops" / f"test_{operator}.py") for operator in operators]
     command = (sys.executable, "-m", "pytest", "-k", "kernel or error_rule", "-p", "no:cacheprovider", *tests)
     result = run(*command, PERSONAFAST_CPU_ISA=isa)

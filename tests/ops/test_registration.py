@@ -69,6 +69,15 @@ def arguments():
             1e-6,
         ),
         "token_logprobs": (normal(4, 8), normal(9, 8), torch.arange(4), normal(4).abs() + 0.5, normal(9), 0.5, 9.0),
+        "verify_draft": (
+            normal(2, 4, 9).log_softmax(-1),
+            normal(2, 3, 9).log_softmax(-1),
+            torch.tensor([[1, 2, 3], [4, 5, -1]]),
+            int32(3, 2),
+            torch.tensor([5, 6]),
+            torch.tensor([0, 7]),
+            True,
+        ),
     }
 
 
@@ -96,8 +105,8 @@ def test_compiles_into_one_graph(name):
 
     def program(*args):
         doubled = [2 * args[0] if args[0].is_floating_point() else args[0], *args[1:]]
-        results = operator(*doubled)
-        return [result + 0 for result in (results if isinstance(results, tuple) else [results])]
+        result = operator(*doubled)
+        return tuple(part + 0 for part in result) if isinstance(result, tuple) else result + 0
 
     torch._dynamo.reset()
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
