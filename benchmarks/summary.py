@@ -17,25 +17,32 @@ def summary(suite: Suite) -> Iterator[str]:
             continue
         read = record["read_bandwidth_gb_s"]["median"]
         yield f"{record['name']} ({record['rounds']} rounds, memory read at {read:.0f} GB/s)"
-        yield f"    {'ours':42} {_time(record['ours'])}"
-        for name, entry in record["baselines"].items():
-            yield f"    {name:42} " + (
+        for name, entry in entries(record).items():
+            yield f"    {name:44} " + (
                 f"absent: {entry['absent']}" if "absent" in entry else _time(entry) + _ratio(entry)
             )
 
 
+def entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that was measured of a case, by name, what the others are compared with first."""
+    return record["contenders"] if "contenders" in record else {"ours": record["ours"], **record["baselines"]}
+
+
 def _time(entry: Mapping[str, Any]) -> str:
     text = f"{duration(entry['microseconds']['median'])}"
-    if "gb_s" in entry:
-        text += f"  {entry['gb_s']:6.1f} GB/s  {100 * entry['share_of_read_bandwidth']['median']:4.0f} % of memory"
+    if "tokens_per_s" in entry:
+        text += f"  {entry['tokens_per_s']:6.1f} tokens/s"
+    text += f"  {entry['gb_s']:6.1f} GB/s  {100 * entry['share_of_read_bandwidth']['median']:4.0f} % of memory"
     if "extra_memory_bytes" in entry:
         text += f"  {entry['extra_memory_bytes'] / 2**20:.1f} MiB extra"
     return text
 
 
 def _ratio(entry: Mapping[str, Any]) -> str:
+    if "times_faster" not in entry:
+        return ""
     ratio = entry["times_faster"]
-    text = f"  ours {ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    text = f"  ratio {ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     if "goal" in entry:
         text += f"  goal {entry['goal']:.2f}: {'met' if ratio['median'] >= entry['goal'] else 'MISSED'}"
     if "share_of_its_memory" in entry and "memory_goal" in entry:
