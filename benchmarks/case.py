@@ -146,9 +146,11 @@ def held_bytes(inputs: Inputs) -> int:
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.device.type == "cpu" and not value.is_quantized:
-                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        # A subclass, as quantisers make, may have no storage of its own to ask for.
+        if type(value) is torch.Tensor:
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, torch.Tensor):
+            storages[id(value)] = nbytes(value)
         elif isinstance(value, (list, tuple)):
             for part in value:
                 visit(part)

@@ -12,8 +12,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.machine import ROOT, require_passive_waiting
+
+if TYPE_CHECKING:
+    from benchmarks.case import Case
 
 # Blocks from 64 KiB on are mapped one by one and unmapped when freed; nothing is kept for later.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
@@ -45,14 +49,12 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def _peak(name: str) -> dict[str, int]:
-    require_passive_waiting()
+def peaks(case: Case) -> dict[str, int]:
+    """What `extra_memory` gives, measured in this process."""
     import torch
 
     from benchmarks.case import Absent, Draw
-    from benchmarks.cases import CASES
 
-    case = next(case for case in CASES if case.name == name)
     inputs = case.make(Draw(0))
     grown = {}
     with torch.no_grad():
@@ -73,4 +75,7 @@ def _peak(name: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak(sys.argv[1])))
+    require_passive_waiting()
+    from benchmarks.cases import CASES
+
+    print(json.dumps(next(peaks(case) for case in CASES if case.name == sys.argv[1])))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import quantised
 from benchmarks.case import Case, Contender, Draw, Inputs, nbytes
-from benchmarks.cases.shapes import WEIGHTS, dense, linear, linear_traffic, no_masks, unpack, weight_bytes
+from benchmarks.cases.shapes import WEIGHTS, dense, linear, linear_traffic, masked, no_masks, weight_bytes
 from personafast import ops
 
 DENSE_ROWS = (1, 2, 4, 5, 8, 16, 17, 24, 32)
@@ -52,13 +52,13 @@ def masked_case(outputs: int, features: int, rows: int) -> Case:
 
     def plain(inputs: Inputs) -> torch.Tensor:
         passes = [
-            F.linear(inputs.x[row : row + 1], inputs.weight * unpack(inputs.masks[slot], features))
+            F.linear(inputs.x[row : row + 1], masked(inputs.weight, inputs.masks[slot]))
             for row, slot in enumerate(inputs.slots.tolist())
         ]
         return torch.cat(passes)
 
     def prepare(inputs: Inputs) -> Inputs:
-        copies = [inputs.weight * unpack(inputs.masks[slot], features) for slot in inputs.slots.tolist()]
+        copies = [masked(inputs.weight, inputs.masks[slot]) for slot in inputs.slots.tolist()]
         return SimpleNamespace(x=inputs.x, copies=copies)
 
     return Case(
@@ -106,8 +106,8 @@ def sparse_case(outputs: int, features: int, rows: int) -> Case:
             **no_masks(outputs, features, rows),
         )
 
-    def masked(inputs: Inputs) -> Inputs:
-        weight = inputs.weight * unpack(inputs.mask, features)
+    def half(inputs: Inputs) -> Inputs:
+        weight = masked(inputs.weight, inputs.mask)
         return SimpleNamespace(x=inputs.x, weight=weight, none=inputs.none, nobody=inputs.nobody)
 
     def compress(inputs: Inputs) -> Inputs:
@@ -119,7 +119,7 @@ def sparse_case(outputs: int, features: int, rows: int) -> Case:
         needs=("compress",),
         shape={"O": outputs, "I": features, "T": rows},
         make=make,
-        plain=lambda inputs: linear(masked(inputs)),
+        plain=lambda inputs: linear(half(inputs)),
         ours=Contender(
             "ours",
             lambda inputs: ops.sparse_linear(inputs.x, *inputs.packed),
@@ -128,9 +128,9 @@ def sparse_case(outputs: int, features: int, rows: int) -> Case:
             lambda inputs: nbytes(*inputs.packed),
         ),
         baselines=(
-            Contender("F.linear, dense", linear, linear_traffic, masked, weight_bytes, goal={1: 3.0}.get(rows)),
-            Contender("our dense pass", dense, linear_traffic, masked, weight_bytes, goal={1: 1.4}.get(rows)),
-            *(quantised.baselines(masked) if rows == 1 else ()),
+            Contender("F.linear, dense", linear, linear_traffic, half, weight_bytes, goal={1: 3.0}.get(rows)),
+            Contender("our dense pass", dense, linear_traffic, half, weight_bytes, goal={1: 1.4}.get(rows)),
+            *(quantised.baselines(half) if rows == 1 else ()),
         ),
     )
 

@@ -19,6 +19,15 @@ def unpack(words: torch.Tensor, features: int) -> torch.Tensor:
     return torch.from_numpy(bits).bool()
 
 
+def masked(weight: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """`weight` with a packed mask multiplied in."""
+    kept = unpack(words, weight.shape[1])
+    if weight.element_size() == 2:
+        # As integers: several times faster than torch's product with bool.
+        return torch.from_numpy(weight.view(torch.int16).numpy() * kept.numpy()).view(weight.dtype)
+    return weight * kept
+
+
 def linear(inputs: Inputs) -> torch.Tensor:
     return F.linear(inputs.x, inputs.weight)
 
