@@ -3,11 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include "personafast/elementary.h"
 #include "personafast/inject.h"
 #include "personafast/isa.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
+#include "personafast/sparse_linear.h"
+#include "personafast/token_logprobs.h"
 
 namespace py = pybind11;
 using namespace personafast;
@@ -18,6 +21,10 @@ template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
+
+void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
 
 int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
                int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
@@ -86,6 +93,60 @@ int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t we
   return masked_linear_cpu(args, threads);
 }
 
+int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
+                      uintptr_t row_offsets, uintptr_t bias, int64_t value_count, int64_t rows, int64_t outputs,
+                      int64_t features, int dtype, int threads) {
+  const SparseLinearArgs args = {at<void>(out),
+                                 at<const void>(x),
+                                 x_stride,
+                                 at<const void>(values),
+                                 at<const int32_t>(bitmap),
+                                 at<const int64_t>(row_offsets),
+                                 at<const void>(bias),
+                                 value_count,
+                                 rows,
+                                 outputs,
+                                 features,
+                                 static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return sparse_linear_cpu(args, threads);
+}
+
+void compress(uintptr_t weight, int64_t weight_stride, uintptr_t bitmap, uintptr_t row_offsets, uintptr_t values,
+              int64_t outputs, int64_t features, int dtype, bool fill) {
+  const CompressArgs args = {at<const void>(weight),
+                             weight_stride,
+                             at<const int32_t>(bitmap),
+                             at<int64_t>(row_offsets),
+                             at<void>(values),
+                             outputs,
+                             features,
+                             static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  compress_cpu(args, fill);
+}
+
+int64_t token_logprobs(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, uintptr_t head, int64_t head_stride,
+                       uintptr_t tokens, uintptr_t temperature, uintptr_t bias, float logit_scale, float softcap,
+                       int64_t rows, int64_t vocabulary, int64_t features, int dtype, int threads) {
+  const TokenLogprobsArgs args = {at<float>(out),
+                                  at<const void>(hidden),
+                                  hidden_stride,
+                                  at<const void>(head),
+                                  head_stride,
+                                  at<const int64_t>(tokens),
+                                  at<const float>(temperature),
+                                  at<const void>(bias),
+                                  logit_scale,
+                                  softcap,
+                                  rows,
+                                  vocabulary,
+                                  features,
+                                  static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  return token_logprobs_cpu(args, threads);
+}
+
 void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
   philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
 }
@@ -120,8 +181,13 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info", &build_info,
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
+  module.def("compress", &compress, "personafast/sparse_linear.h");
+  module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
+  module.def("log", &log_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
+  module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
+  module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
 }

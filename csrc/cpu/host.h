@@ -1,6 +1,9 @@
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
+
+#include <vector>
 
 #include "kernels.h"
 #include "personafast/isa.h"
@@ -32,6 +35,14 @@ inline void split(int64_t count, int64_t work, int64_t work_per_thread, int thre
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
 #endif
   for (int64_t part = 0; part < parts; ++part) run(count * part / parts, count * (part + 1) / parts);
+}
+
+// At least `bytes` for this thread alone, from a cache line on; what was in it is lost.
+inline void* scratch(int64_t bytes) {
+  static thread_local std::vector<char> buffer;
+  const size_t wanted = static_cast<size_t>(bytes) + 64;
+  if (buffer.size() < wanted) buffer.resize(wanted);
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~static_cast<uintptr_t>(63));
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
+#include "personafast/sparse_linear.h"
+#include "personafast/token_logprobs.h"
 
 namespace personafast {
 
@@ -17,20 +19,52 @@ struct LoraGroup {
   float* inner;  // [count, rank]: scale * A x of each row
 };
 
+// Which mask the rows of a tile multiply the weights by: none, one for all of them, or one each.
+enum class Keep : int { all, shared, each };
+
+// Rows of one call that are multiplied together. With Keep::each there are two of them.
+struct LinearTile {
+  const int64_t* rows;  // [count], where they stand in the batch
+  int64_t count;
+  Keep keep;
+  int32_t slots[2];
+};
+
+struct LinearPlan {
+  const LinearTile* tiles;
+  int64_t count;
+  const int64_t* order;  // [rows], the rows of all tiles, one after the other
+  int64_t rows;
+};
+
+// Most rows a tile may have, and most where there is a gamma; most rows of a plan.
+constexpr int64_t kTileRows = 6;
+constexpr int64_t kSoftTileRows = 3;
+constexpr int64_t kPlanRows = 64;
+
+// Outputs that are summed side by side. Threads take whole groups, so that which outputs share one depends on nothing.
+constexpr int64_t kOutputGroup = 4;
+
+// exp(max) * sum is a sum of exponentials.
+struct LogSum {
+  float max;
+  float sum;
+};
+
+// Logits of a row that go into its LogSum at one time.
+constexpr int64_t kLogitPanel = 64;
+
 }  // namespace personafast
 
-// One namespace an instruction set. These are the only names that cross from an ISA unit to the dispatch, and no inline
-// function may: the linker keeps one copy of an inline function, perhaps the one the machine cannot run.
-#define PERSONAFAST_DECLARE_KERNELS(isa)                                                                  \
-  namespace personafast::isa {                                                                            \
-  void inject_rows(const InjectArgs& args, int64_t begin, int64_t end);                                   \
-  void masked_linear_outputs(const MaskedLinearArgs& args, int64_t begin, int64_t end);                   \
-  void lora_delta_inner(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end);   \
-  void lora_delta_outputs(const LoraDeltaArgs& args, const LoraGroup& group, int64_t begin, int64_t end); \
-  }
-
-PERSONAFAST_DECLARE_KERNELS(scalar)
-PERSONAFAST_DECLARE_KERNELS(avx2)
-PERSONAFAST_DECLARE_KERNELS(avx512)
-
-#undef PERSONAFAST_DECLARE_KERNELS
+// The kernels, once a namespace of an instruction set. These are the only names that cross from an ISA unit to the host
+// units, and no inline function may: the linker keeps one copy of an inline function, perhaps the one the machine
+// cannot run.
+namespace personafast::scalar {
+#include "declarations.inc"
+}
+namespace personafast::avx2 {
+#include "declarations.inc"
+}
+namespace personafast::avx512 {
+#include "declarations.inc"
+}

@@ -61,7 +61,7 @@ float total(const __m256* chain) {
 }
 
 template <Dtype D, int T, bool Soft>
-void block(const MaskedLinearArgs& a, int64_t o, int64_t t0) {
+void block(const MaskedLinearArgs& a, int64_t o, const int64_t* rows) {
   constexpr int64_t kBytes = D == Dtype::f32 ? 4 : 2;
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const int64_t words = (a.features + 31) / 32;
@@ -69,8 +69,8 @@ void block(const MaskedLinearArgs& a, int64_t o, int64_t t0) {
   const void* x[T];
   const int32_t* mask[T];
   for (int t = 0; t < T; ++t) {
-    const int64_t slot = a.slots[t0 + t];
-    x[t] = static_cast<const char*>(a.x) + (t0 + t) * a.x_stride * kBytes;
+    const int64_t slot = a.slots[rows[t]];
+    x[t] = static_cast<const char*>(a.x) + rows[t] * a.x_stride * kBytes;
     mask[t] = slot < 0 ? nullptr : a.masks + (slot * a.outputs + o) * words;
   }
   __m256 kept[T][4] = {};
@@ -96,33 +96,34 @@ void block(const MaskedLinearArgs& a, int64_t o, int64_t t0) {
   for (int t = 0; t < T; ++t) {
     float y = total(kept[t]);
     if constexpr (Soft) {
-      const int64_t slot = a.slots[t0 + t];
+      const int64_t slot = a.slots[rows[t]];
       if (slot >= 0) y += a.gamma[slot] * total(dropped[t]);
     }
     if (a.bias) y += to_float<D>(a.bias, o);
-    from_float<D>(a.out, (t0 + t) * a.outputs + o, y);
+    from_float<D>(a.out, rows[t] * a.outputs + o, y);
   }
 }
 
 template <Dtype D, bool Soft>
-void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
+void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, int64_t begin, int64_t end) {
   for (int64_t o = begin; o < end; ++o) {
-    int64_t t = 0;
-    for (; t + kRows <= a.rows; t += kRows) block<D, kRows, Soft>(a, o, t);
-    if (t < a.rows) block<D, 1, Soft>(a, o, t);
+    int64_t k = 0;
+    for (; k + kRows <= plan.rows; k += kRows) block<D, kRows, Soft>(a, o, plan.order + k);
+    if (k < plan.rows) block<D, 1, Soft>(a, o, plan.order + k);
   }
 }
 
 }  // namespace
 
-void masked_linear_outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
+void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void*, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
-      return a.gamma ? outputs<Dtype::f32, true>(a, begin, end) : outputs<Dtype::f32, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f32, true>(a, plan, begin, end) : outputs<Dtype::f32, false>(a, plan, begin, end);
     case Dtype::bf16:
-      return a.gamma ? outputs<Dtype::bf16, true>(a, begin, end) : outputs<Dtype::bf16, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::bf16, true>(a, plan, begin, end)
+                     : outputs<Dtype::bf16, false>(a, plan, begin, end);
     case Dtype::f16:
-      return a.gamma ? outputs<Dtype::f16, true>(a, begin, end) : outputs<Dtype::f16, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f16, true>(a, plan, begin, end) : outputs<Dtype::f16, false>(a, plan, begin, end);
   }
 }
 

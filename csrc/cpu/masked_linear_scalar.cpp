@@ -6,13 +6,6 @@
 namespace personafast::scalar {
 namespace {
 
-float pairwise(float* sums) {
-  for (int width = 16; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
-  }
-  return sums[0];
-}
-
 // Features i to i + count - 1: bit j of bits keeps weight i + j. Masking is by AND, so that the compiler can vectorise
 // the full words, where count is the constant 32.
 template <Dtype D, bool Soft>
@@ -27,12 +20,13 @@ void word(const void* weight, const void* x, uint32_t bits, int64_t i, int count
 }
 
 template <Dtype D, bool Soft>
-void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
+void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, int64_t begin, int64_t end) {
   constexpr int64_t kBytes = D == Dtype::f32 ? 4 : 2;
   const int64_t words = (a.features + 31) / 32;
   for (int64_t o = begin; o < end; ++o) {
     const void* weight = static_cast<const char*>(a.weight) + o * a.weight_stride * kBytes;
-    for (int64_t t = 0; t < a.rows; ++t) {
+    for (int64_t k = 0; k < plan.rows; ++k) {
+      const int64_t t = plan.order[k];
       const int64_t slot = a.slots[t];
       const void* x = static_cast<const char*>(a.x) + t * a.x_stride * kBytes;
       const int32_t* mask = slot < 0 ? nullptr : a.masks + (slot * a.outputs + o) * words;
@@ -59,14 +53,15 @@ void outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void masked_linear_outputs(const MaskedLinearArgs& a, int64_t begin, int64_t end) {
+void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void*, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
-      return a.gamma ? outputs<Dtype::f32, true>(a, begin, end) : outputs<Dtype::f32, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f32, true>(a, plan, begin, end) : outputs<Dtype::f32, false>(a, plan, begin, end);
     case Dtype::bf16:
-      return a.gamma ? outputs<Dtype::bf16, true>(a, begin, end) : outputs<Dtype::bf16, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::bf16, true>(a, plan, begin, end)
+                     : outputs<Dtype::bf16, false>(a, plan, begin, end);
     case Dtype::f16:
-      return a.gamma ? outputs<Dtype::f16, true>(a, begin, end) : outputs<Dtype::f16, false>(a, begin, end);
+      return a.gamma ? outputs<Dtype::f16, true>(a, plan, begin, end) : outputs<Dtype::f16, false>(a, plan, begin, end);
   }
 }
 

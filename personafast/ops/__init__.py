@@ -13,6 +13,7 @@ from personafast.ops._inject import inject_
 from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
+from personafast.ops._sparse_linear import compress, sparse_linear
 from personafast.ops._token_logprobs import token_logprobs
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "chosen",
     "chunk_accept",
     "chunk_scores",
+    "compress",
     "inject_",
     "lora_delta_",
     "masked_linear",
     "pack_mask",
     "philox",
+    "sparse_linear",
     "token_logprobs",
     "unpack_mask",
     "use_backend",

@@ -74,6 +74,12 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
         check_dtype(op, name, tensor, *FLOATS)
 
 
+def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """`tensor` must be on `device`, where the first argument is."""
+    if tensor.device != device:
+        fail(op, f"`{name}` is on {tensor.device}, expected {device} as the first argument")
+
+
 def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any) -> None:
     """`slots` must be int32 [T]."""
     check_dtype(op, name, slots, torch.int32)

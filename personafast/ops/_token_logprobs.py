@@ -10,7 +10,12 @@ from personafast.ops._library import check_dims, check_dtype, check_float, check
 
 _OP = "token_logprobs"
 
-# Logits alive at one time, in elements: 64 MiB of fp32.
+_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Up to here the C++ kernel, bound by reading the head, wins; above, the matrix product of the BLAS.
+KERNEL_ROWS = 64
+
+# Logits of the torch form alive at one time, in elements: 64 MiB of fp32.
 BLOCK_LOGITS = 1 << 24
 
 
@@ -104,6 +109,53 @@ def _blocked(
     return out
 
 
+def _kernel_refuses(hidden: torch.Tensor, lm_head: torch.Tensor) -> str | None:
+    if hidden.dtype not in _KERNEL_DTYPES:
+        return f"dtype {hidden.dtype}"
+    if lm_head.stride(1) != 1 and lm_head.shape[1] > 1:
+        return "an `lm_head` whose rows are not adjacent in memory (stride(1) must be 1)"
+    return None
+
+
+def _cpp(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    index = tokens.long().contiguous()
+    if temperature is not None:
+        temperature = temperature.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    wrong = _backend.module("cpu").token_logprobs(
+        out.data_ptr(),
+        hidden.data_ptr(),
+        hidden.stride(0),
+        lm_head.data_ptr(),
+        lm_head.stride(0),
+        index.data_ptr(),
+        0 if temperature is None else temperature.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        logit_scale,
+        softcap,
+        hidden.shape[0],
+        lm_head.shape[0],
+        hidden.shape[1],
+        _KERNEL_DTYPES[hidden.dtype],
+        torch.get_num_threads(),
+    )
+    if wrong >= 0:
+        _check_values(lm_head, tokens, temperature)
+    return out
+
+
 def _run(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
@@ -114,8 +166,13 @@ def _run(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     _validate(hidden, lm_head, tokens, temperature, bias, softcap)
-    slow = _backend.pick(_OP, hidden.device.type) == "reference"
-    form = reference if slow else _blocked
+    backend = _backend.pick(_OP, hidden.device.type)
+    if backend == "cpu" and (hidden.shape[0] <= KERNEL_ROWS or _backend.forced() is not None):
+        why = _kernel_refuses(hidden, lm_head)
+        if why is None:
+            return _cpp(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
+        _backend.refuse(_OP, why)
+    form = reference if backend == "reference" else _blocked
     return form(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
 
 
@@ -137,6 +194,7 @@ _op = register(
     " float logit_scale=1.0, float softcap=0.0) -> Tensor",
     _run,
     _fake,
+    kernels=("cpu",),
 )
 
 
@@ -149,10 +207,12 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """Log probability of one token a row, without holding the [T, V] logits at once.
+    """Log probability of one token a row, without holding the [T, V] logits.
 
     l = logit_scale (lm_head hidden[t] + bias); l = softcap tanh(l / softcap) if softcap > 0; the result is
-    log_softmax(l / temperature[t])[tokens[t]] in fp32. At most 64 MiB of logits are alive at a time.
+    log_softmax(l / temperature[t])[tokens[t]] in fp32. On a CPU and up to 64 rows a C++ kernel keeps a running maximum
+    and sum of exponentials for each of 64 parts of the vocabulary: fp32 logits that are never stored, O(T) extra
+    memory. More rows take a matrix product, with at most 64 MiB of logits alive at a time.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64, after the final norm.

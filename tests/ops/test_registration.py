@@ -49,6 +49,8 @@ def arguments():
             torch.ones(2),
             torch.tensor([0.0, 0.1]),
         ),
+        "compress": (normal(6, 40), ops.pack_mask(kept)[:6]),
+        "sparse_linear": (normal(3, 40), *ops.compress(normal(6, 40), ops.pack_mask(kept)[:6]), normal(6)),
         "token_logprobs": (normal(4, 8), normal(9, 8), torch.arange(4), normal(4).abs() + 0.5, normal(9), 0.5, 9.0),
     }
 
@@ -77,7 +79,8 @@ def test_compiles_into_one_graph(name):
 
     def program(*args):
         doubled = [2 * args[0] if args[0].is_floating_point() else args[0], *args[1:]]
-        return operator(*doubled) + 0
+        results = operator(*doubled)
+        return [result + 0 for result in (results if isinstance(results, tuple) else [results])]
 
     torch._dynamo.reset()
     compiled = torch.compile(program, fullgraph=True, backend="aot_eager")

@@ -1,0 +1,11 @@
+#include "personafast/elementary.h"
+
+#include "host.h"
+
+namespace personafast {
+
+void exp_cpu(const float* x, float* out, int64_t count) { PERSONAFAST_RUN(isa_chosen(), exp_each, x, out, count); }
+
+void log_cpu(const float* x, float* out, int64_t count) { PERSONAFAST_RUN(isa_chosen(), log_each, x, out, count); }
+
+}  // namespace personafast
