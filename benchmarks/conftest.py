@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,9 +14,7 @@ try:
 except RuntimeError as error:
     pytest.exit(str(error), returncode=4)
 
-from benchmarks.check import CheckFailed  # noqa: E402 - imports torch, which has to find the policy set
-from benchmarks.measure import Measurement  # noqa: E402
-from benchmarks.results import Suite  # noqa: E402
+from benchmarks.results import Bench, Suite  # noqa: E402 - imports torch, which has to find the policy set
 from benchmarks.summary import summary  # noqa: E402
 
 SUITES = pytest.StashKey[dict[str, Suite]]()
@@ -41,30 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SUITES] = {}
-
-
-class Bench:
-    """Measures every case once, whatever number of tests asks for it."""
-
-    def __init__(self, suites: dict[str, Suite]) -> None:
-        self._suites = suites
-        self._done: dict[str, Measurement | BaseException] = {}
-
-    def measured(self, suite: str, order: list[str], name: str, measure: Any) -> Measurement:
-        """The measurement of the case `name`, by calling `measure` the first time; its error every time."""
-        results = self._suites.setdefault(suite, Suite(suite, order))
-        if name not in self._done:
-            try:
-                self._done[name] = measure()
-                results.add(self._done[name].record)
-            except (CheckFailed, pytest.skip.Exception) as error:
-                self._done[name] = error
-                if isinstance(error, pytest.skip.Exception):
-                    results.skip(name, str(error))
-        found = self._done[name]
-        if isinstance(found, BaseException):
-            raise found
-        return found
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import machine
 from benchmarks.bandwidth import reader
+from benchmarks.measure import Measurement
 from personafast._io import read_json, write_json
 
 FOLDER = machine.ROOT / "benchmarks" / "results"
@@ -52,6 +55,39 @@ class Suite:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**head, "read_method": reader().method, "cases": [*_ordered(records, self.order)]})
         return path
+
+
+class Bench:
+    """Measures every case once, whatever number of tests asks for it.
+
+    Args:
+        suites: where the records go, by the suite's name; filled here.
+    """
+
+    def __init__(self, suites: dict[str, Suite]) -> None:
+        self._suites = suites
+        self._done: dict[str, Measurement | BaseException] = {}
+
+    def measured(self, suite: str, order: Sequence[str], name: str, measure: Callable[[], Measurement]) -> Measurement:
+        """The measurement of the case `name`, by calling `measure` the first time; its error every time.
+
+        A case that fails or is skipped gets a record without figures, which takes the place of older figures.
+        """
+        results = self._suites.setdefault(suite, Suite(suite, order))
+        if name not in self._done:
+            try:
+                found = measure()
+            except (Exception, pytest.skip.Exception) as error:
+                self._done[name] = error
+                kind = "" if isinstance(error, pytest.skip.Exception) else f"{type(error).__name__}: "
+                results.skip(name, kind + str(error).partition("\n")[0])
+            else:
+                self._done[name] = found
+                results.add(found.record)
+        done = self._done[name]
+        if isinstance(done, BaseException):
+            raise done
+        return done
 
 
 def _ordered(records: Mapping[str, dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:

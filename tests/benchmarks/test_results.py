@@ -3,7 +3,9 @@ import json
 import pytest
 
 from benchmarks import machine
-from benchmarks.results import Suite
+from benchmarks.check import CheckFailed
+from benchmarks.measure import Measurement
+from benchmarks.results import Bench, Suite
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,29 @@ def test_a_case_that_the_registry_no_longer_has_is_dropped(tmp_path):
     shorter = Suite("ops", ["a", "b"])
     shorter.add({"name": "a", "value": 10})
     assert cases(shorter.write(tmp_path)) == {"a": 10, "b": 2}
+
+
+def test_a_case_is_measured_once_and_a_red_one_loses_its_older_figure(tmp_path):
+    suite(a=1, b=2, c=3).write(tmp_path)
+    suites, calls = {}, []
+    bench = Bench(suites)
+
+    def measure():
+        calls.append("a")
+        return Measurement({}, {"name": "a", "value": 10})
+
+    def red():
+        calls.append("b")
+        raise CheckFailed("b: ours: error 3, allowed 1")
+
+    for _ in range(2):
+        assert bench.measured("ops", ["a", "b", "c"], "a", measure).record["value"] == 10
+        with pytest.raises(CheckFailed, match="allowed 1"):
+            bench.measured("ops", ["a", "b", "c"], "b", red)
+        with pytest.raises(pytest.skip.Exception):
+            bench.measured("ops", ["a", "b", "c"], "c", lambda: pytest.skip("no operator"))
+    assert calls == ["a", "b"]
+    path = suites["ops"].write(tmp_path)
+    assert cases(path) == {"a": 10, "b": None, "c": None}
+    reasons = [case.get("skipped") for case in json.loads(path.read_text())["cases"]]
+    assert reasons == [None, "CheckFailed: b: ours: error 3, allowed 1", "no operator"]
