@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "personafast/add_inject_rms_norm.h"
 #include "personafast/elementary.h"
 #include "personafast/inject.h"
 #include "personafast/isa.h"
@@ -10,6 +11,7 @@
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
 #include "personafast/sparse_linear.h"
+#include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
 
 namespace py = pybind11;
@@ -25,6 +27,32 @@ T* at(uintptr_t address) {
 void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
 
 void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
+
+int64_t add_inject_rms_norm(uintptr_t normed, uintptr_t residual_out, uintptr_t update, int64_t update_stride,
+                            uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t bank, int64_t bank_stride,
+                            int bank_dtype, uintptr_t slots, uintptr_t scale, uintptr_t weight, int weight_dtype,
+                            float eps, int64_t rows, int64_t width, int64_t bank_rows, int threads) {
+  const AddInjectRmsNormArgs args = {at<void>(normed),
+                                     at<void>(residual_out),
+                                     at<const void>(update),
+                                     update_stride,
+                                     at<const void>(residual),
+                                     residual_stride,
+                                     static_cast<Dtype>(dtype),
+                                     at<const void>(bank),
+                                     bank_stride,
+                                     static_cast<Dtype>(bank_dtype),
+                                     at<const int32_t>(slots),
+                                     at<const float>(scale),
+                                     at<const void>(weight),
+                                     static_cast<Dtype>(weight_dtype),
+                                     eps,
+                                     rows,
+                                     width,
+                                     bank_rows};
+  py::gil_scoped_release released;
+  return add_inject_rms_norm_cpu(args, threads);
+}
 
 int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
                int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
@@ -70,6 +98,26 @@ int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_str
                               static_cast<Dtype>(dtype)};
   py::gil_scoped_release released;
   return lora_delta_cpu(args, threads);
+}
+
+void linear(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t weight_stride, uintptr_t bias, int64_t rows,
+            int64_t outputs, int64_t features, int dtype, int threads) {
+  const MaskedLinearArgs args = {at<void>(out),
+                                 at<const void>(x),
+                                 features,
+                                 at<const void>(weight),
+                                 weight_stride,
+                                 nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 at<const void>(bias),
+                                 rows,
+                                 outputs,
+                                 features,
+                                 0,
+                                 static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  masked_linear_cpu(args, threads);
 }
 
 int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
@@ -147,6 +195,26 @@ int64_t token_logprobs(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, u
   return token_logprobs_cpu(args, threads);
 }
 
+int64_t steer(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t directions,
+              int64_t directions_stride, int directions_dtype, uintptr_t slots, uintptr_t mode, uintptr_t params,
+              uintptr_t scale, int64_t rows, int64_t width, int64_t directions_rows, int threads) {
+  const SteerArgs args = {at<void>(hidden),
+                          hidden_stride,
+                          static_cast<Dtype>(hidden_dtype),
+                          at<const void>(directions),
+                          directions_stride,
+                          static_cast<Dtype>(directions_dtype),
+                          at<const int32_t>(slots),
+                          at<const int8_t>(mode),
+                          at<const float>(params),
+                          at<const float>(scale),
+                          rows,
+                          width,
+                          directions_rows};
+  py::gil_scoped_release released;
+  return steer_cpu(args, threads);
+}
+
 void uniform(uintptr_t out, uintptr_t seeds, uintptr_t positions, uint32_t stream, int64_t rows, int64_t n) {
   philox_uniform(at<double>(out), at<const int64_t>(seeds), at<const int64_t>(positions), stream, rows, n);
 }
@@ -181,13 +249,16 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info", &build_info,
       "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
+  module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
+  module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
+  module.def("steer_", &steer, "personafast/steer.h");
 }

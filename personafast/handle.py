@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from personafast.density.scr import ScrOptions
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
-from personafast.models.patch import NOBODY, Patch, RowSlots
+from personafast.models.patch import Patch
+from personafast.models.rows import NOBODY, RowSlots
 from personafast.persona import Persona
 from personafast.vectors.blend import blend
 
@@ -37,23 +39,28 @@ def attach(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_personas: int = 64,
+    keep_dense: bool = True,
 ) -> PersonaHandle:
     """Give a Hugging Face decoder personas.
 
-    Nothing about the model's weights or state-dict names changes; rows without a persona compute what they did before.
+    Nothing about the model's weights or state-dict names changes; rows without a persona compute what they did before,
+    up to rounding: on a CPU, linears with few rows run on our own kernel, which reads their weights faster.
 
     Args:
         model: a transformers causal LM of any family whose blocks can be found by structure, PEFT-wrapped or not.
         library: vectors, masks and policies; may be left out when only `Persona(prompts=...)` is used.
         tokenizer: needed for prompt personas and stop strings; taken from the model's own folder when left out.
         max_personas: most different vector blends in one call; their bank holds that many rows a steered block.
+        keep_dense: False keeps of the masked linears only what the library's one mask keeps, 9 bits a weight at 16 bit
+            and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back.
 
     Returns:
         The handle: `generate`, `detach`, and a context manager that detaches.
 
     Raises:
         UnsupportedModelError: the structure was not understood; nothing is patched.
-        PersonafastError: the library was made for another model, or the model has personas attached already.
+        PersonafastError: the library was made for another model, the model has personas attached already, or
+            keep_dense=False with a library that has not exactly one mask.
 
     Example:
         >>> with personafast.attach(model, library) as personas:
@@ -67,7 +74,13 @@ def attach(
     parts = anatomy(model)
     library = library if library is not None else PersonaLibrary(parts.shape)
     library.check(parts)
-    return PersonaHandle(model, library, tokenizer, Patch(model, parts, max_personas))
+    if not keep_dense and len(library.masks) != 1:
+        raise PersonafastError(
+            f"keep_dense: the library has {len(library.masks)} masks, and keep_dense=False keeps the weights of one; "
+            "make a library with that mask alone"
+        )
+    only_mask = None if keep_dense else next(iter(library.masks))
+    return PersonaHandle(model, library, tokenizer, Patch(model, parts, max_personas), only_mask)
 
 
 class PersonaHandle:
@@ -78,11 +91,14 @@ class PersonaHandle:
         model: the model they are attached to.
     """
 
-    def __init__(self, model: nn.Module, library: PersonaLibrary, tokenizer: Any, patch: Patch) -> None:
+    def __init__(
+        self, model: nn.Module, library: PersonaLibrary, tokenizer: Any, patch: Patch, only_mask: str | None = None
+    ) -> None:
         self.model = model
         self.library = library
         self._tokenizer = tokenizer
         self._patch = patch
+        self._only_mask = only_mask
         self._prompts: SystemPrompts | None = None
         self._mask_slots: dict[str, int] = {}
         self._adapter_names: list[str] = []
@@ -92,6 +108,8 @@ class PersonaHandle:
         self._hooks: list[Any] = []
         try:
             patch.install()
+            if only_mask is not None:
+                patch.compress(library.masks[only_mask].words)
             self._refresh()
             self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
             self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
@@ -125,12 +143,21 @@ class PersonaHandle:
         self.detach()
 
     def detach(self) -> None:
-        """Take the personas off; the model is as it was before `attach`, bit for bit. May be called twice."""
+        """Take the personas off; the model is as it was before `attach`, bit for bit. May be called twice.
+
+        After `keep_dense=False` it warns: the weights that the mask dropped are gone, and zeros stand in their place.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._patch.remove()
+        lost = self._patch.remove()
         self.model.__dict__.pop(_MARK, None)
+        if lost:
+            warnings.warn(
+                f"detach: the dense weights were given up (keep_dense=False); the model keeps those of mask "
+                f"{self._only_mask!r} and zeros elsewhere. Load it again for the rest",
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def using(self, personas: Sequence[Persona | None]) -> Iterator[PersonaHandle]:
@@ -242,7 +269,8 @@ class PersonaHandle:
         self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
         self._adapter_names = sorted(self.library.policies)
         self._merged = {}
-        self._patch.set_masks(self._mask_banks())
+        if self._only_mask is None:
+            self._patch.set_masks(self._mask_banks())
         self._fill_adapters()
         self._seen = self.library.version
 
@@ -282,6 +310,11 @@ class PersonaHandle:
                 if not isinstance(persona, Persona):
                     raise PersonafastError(f"personas: expected Persona or None, got {type(persona).__name__}")
                 self.library.check_persona(persona)
+            if self._only_mask is not None and (persona is None or persona.mask != self._only_mask):
+                raise PersonafastError(
+                    f"personas: {persona} does not speak through mask {self._only_mask!r}, but only its weights were "
+                    f"kept (keep_dense=False); give Persona(mask={self._only_mask!r}) or attach with keep_dense=True"
+                )
         # num_return_sequences repeats each row in place.
         return [persona for persona in given for _ in range(rows // len(given))]
 
@@ -298,7 +331,7 @@ class PersonaHandle:
         from personafast.density.model_scorer import Member
         from personafast.generate import Row
 
-        mask = self._mask_slots[persona.mask] if persona.mask is not None else NOBODY
+        mask = self._mask_slot(persona)
         if merge:
             key = _merge_key(persona)
             adapter = self._merged[key] if key else NOBODY
@@ -333,6 +366,12 @@ class PersonaHandle:
             slots.append(slot)
         return slots
 
+    def _mask_slot(self, persona: Persona) -> int:
+        # A mask whose weights are all there is needs no slot.
+        if persona.mask is None or self._only_mask is not None:
+            return NOBODY
+        return self._mask_slots[persona.mask]
+
     def _plain_rows(self, personas: Sequence[Persona | None]) -> RowSlots:
         given = self._spread(personas, len(personas))
         for persona in given:
@@ -341,10 +380,7 @@ class PersonaHandle:
                     "personas: policies and prompts act through generate(custom_generate=personas.generate); a plain "
                     "forward pass takes vectors and masks only"
                 )
-        masks = [
-            self._mask_slots[persona.mask] if persona is not None and persona.mask is not None else NOBODY
-            for persona in given
-        ]
+        masks = [NOBODY if persona is None else self._mask_slot(persona) for persona in given]
         return RowSlots.of(self._vector_slots(given), masks, [NOBODY] * len(given))
 
     def _before_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

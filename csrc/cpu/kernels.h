@@ -2,10 +2,12 @@
 
 #include <stdint.h>
 
+#include "personafast/add_inject_rms_norm.h"
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
 #include "personafast/sparse_linear.h"
+#include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
 
 namespace personafast {
@@ -53,6 +55,23 @@ struct LogSum {
 
 // Logits of a row that go into its LogSum at one time.
 constexpr int64_t kLogitPanel = 64;
+// Sums over a row h with direction d that its new value depends on; 0 where the mode needs them not.
+struct SteerSums {
+  float hd;  // h.d and d.d: ablate, clamp
+  float dd;
+  float hh;  // h.h and m.m with m = h + (scale p0) d: norm-preserving addition
+  float mm;
+};
+
+// The row becomes (keep * h + add * d) * ratio. Where keep is 1 and add is 0 it is left alone.
+struct SteerUpdate {
+  float keep;
+  float add;
+  float ratio;
+};
+
+// What `sums` mean for row t, whose slot is not -1. One function for all instruction sets, in steer.cpp.
+SteerUpdate steer_update(const SteerArgs& args, int64_t t, SteerSums sums);
 
 }  // namespace personafast
 

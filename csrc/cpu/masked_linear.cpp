@@ -8,7 +8,7 @@
 namespace personafast {
 
 int64_t masked_linear_cpu(const MaskedLinearArgs& args, int threads) {
-  const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.personas);
+  const int64_t wrong = args.slots == nullptr ? -1 : first_wrong_slot(args.slots, args.rows, args.personas);
   if (wrong >= 0) return wrong;
   const Isa isa = isa_chosen();
   const int64_t groups = (args.outputs + kOutputGroup - 1) / kOutputGroup;

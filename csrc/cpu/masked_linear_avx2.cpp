@@ -69,7 +69,7 @@ void block(const MaskedLinearArgs& a, int64_t o, const int64_t* rows) {
   const void* x[T];
   const int32_t* mask[T];
   for (int t = 0; t < T; ++t) {
-    const int64_t slot = a.slots[rows[t]];
+    const int64_t slot = a.slots ? a.slots[rows[t]] : -1;
     x[t] = static_cast<const char*>(a.x) + rows[t] * a.x_stride * kBytes;
     mask[t] = slot < 0 ? nullptr : a.masks + (slot * a.outputs + o) * words;
   }
@@ -96,7 +96,7 @@ void block(const MaskedLinearArgs& a, int64_t o, const int64_t* rows) {
   for (int t = 0; t < T; ++t) {
     float y = total(kept[t]);
     if constexpr (Soft) {
-      const int64_t slot = a.slots[rows[t]];
+      const int64_t slot = a.slots ? a.slots[rows[t]] : -1;
       if (slot >= 0) y += a.gamma[slot] * total(dropped[t]);
     }
     if (a.bias) y += to_float<D>(a.bias, o);

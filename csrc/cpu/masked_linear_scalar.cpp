@@ -27,7 +27,7 @@ void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, int64_t begin, i
     const void* weight = static_cast<const char*>(a.weight) + o * a.weight_stride * kBytes;
     for (int64_t k = 0; k < plan.rows; ++k) {
       const int64_t t = plan.order[k];
-      const int64_t slot = a.slots[t];
+      const int64_t slot = a.slots ? a.slots[t] : -1;
       const void* x = static_cast<const char*>(a.x) + t * a.x_stride * kBytes;
       const int32_t* mask = slot < 0 ? nullptr : a.masks + (slot * a.outputs + o) * words;
       float kept[32] = {};

@@ -67,7 +67,7 @@ void store(void* base, int64_t i, float value) {
 }
 
 // The sum of 32 partial sums, which it overwrites.
-float pairwise(float* sums) {
+inline float pairwise(float* sums) {
   for (int width = 16; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) sums[j] += sums[j + width];
   }

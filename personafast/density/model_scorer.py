@@ -9,7 +9,8 @@ import torch
 
 from personafast.density.transcript import GenerationStats
 from personafast.models.cache import RaggedContext
-from personafast.models.patch import Patch, RowSlots
+from personafast.models.patch import Patch
+from personafast.models.rows import RowSlots
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,13 @@ class Anatomy:
         blocks: the decoder blocks, in order; the output of block b is the residual stream after it.
         linears: dotted path -> linear layer inside the blocks, named as in the state dict of the model without any
             PEFT wrapping.
+        head: what turns the last hidden state into logits, if it is a linear.
         shape: sizes that vectors, masks and policies are checked against.
     """
 
     blocks: tuple[nn.Module, ...]
     linears: Mapping[str, nn.Module]
+    head: nn.Module | None
     shape: ModelShape
 
 
@@ -118,4 +120,6 @@ def anatomy(model: nn.Module) -> Anatomy:
         if is_linear(module) and ".lora_" not in name
     }
     shape = ModelShape(str(getattr(config, "model_type", "unknown")), int(hidden), int(count), int(vocab))
-    return Anatomy(tuple(blocks), linears, shape)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    return Anatomy(tuple(blocks), linears, head if isinstance(head, nn.Linear) else None, shape)

@@ -22,9 +22,9 @@ from personafast.ops._mask_bits import unpack, unpack_reference, words
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Up to here the C++ kernel, which reads the weight and each bit once, wins; above, one unpacked weight a distinct mask
-# is amortised over enough rows for the matrix product of the BLAS to win.
-KERNEL_ROWS = 32
+# Up to here the C++ kernel wins even where all rows have one mask (docs/kernels.md); above, the matrix product of the
+# BLAS makes up for unpacking the mask.
+KERNEL_ROWS = 512
 
 
 def _validate(
@@ -128,7 +128,7 @@ def _run(
     backend = _backend.pick("masked_linear", x.device.type)
     if backend == "reference":
         return reference(x, weight, masks, slots, gamma, bias)
-    if backend == "cpu" and x.shape[0] <= KERNEL_ROWS:
+    if backend == "cpu" and (x.shape[0] <= KERNEL_ROWS or _backend.forced() is not None):
         why = _kernel_refuses(x, weight)
         if why is None:
             return _cpp(x, weight, masks, slots, gamma, bias)
@@ -206,7 +206,7 @@ def masked_linear(
     """A linear layer in which every row of the batch sees its own persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * (m + gamma[s] (1 - m))) x[t] + bias with s = slots[t] and m = masks[s]; s = -1 is the dense layer.
-    Sums are in fp32 and rounded once. Up to 32 rows a C++ kernel reads the shared weight once and one bit a weight and
+    Sums are in fp32 and rounded once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and
     persona; more rows are grouped by mask, one matrix product a distinct mask.
 
     Args:

@@ -20,9 +20,6 @@ from personafast.ops._mask_bits import unpack_reference, words
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Up to here the C++ kernel, which reads only what is kept, beats a product with the weight put together again.
-KERNEL_ROWS = 64
-
 
 def _validate_compress(weight: torch.Tensor, mask: torch.Tensor) -> None:
     op = "compress"
@@ -204,7 +201,7 @@ def _run(
     backend = _backend.pick("sparse_linear", x.device.type)
     if backend == "reference":
         return reference(x, values, bitmap, row_offsets, bias)
-    if backend == "cpu" and (x.shape[0] <= KERNEL_ROWS or _backend.forced() is not None):
+    if backend == "cpu":
         why = _kernel_refuses(values, bitmap, row_offsets)
         if why is None:
             return _cpp(x, values, bitmap, row_offsets, bias)
@@ -262,8 +259,7 @@ def sparse_linear(
     """A linear layer that reads only the weights of one persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * mask) x[t] + bias with (values, bitmap, row_offsets) = compress(weight, mask). Sums are in fp32 and
-    rounded once. Up to 64 rows a C++ kernel reads 16 bits a kept weight and one a weight; more rows put the dense
-    weight together once.
+    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

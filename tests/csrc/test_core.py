@@ -47,7 +47,7 @@ def test_one_openmp_runtime_for_torch_and_the_core():
 
 
 def test_isa_units_share_no_inline_code():
-    allowed = {"<immintrin.h>", "<string.h>", '"kernels.h"'}
+    allowed = {"<immintrin.h>", "<math.h>", "<string.h>", '"kernels.h"'}
     units = [path for path in (ROOT / "csrc/cpu").glob("*.cpp") if re.search(r"_(scalar|avx2|avx512)\.cpp$", path.name)]
     assert units and len(units) % 3 == 0
     for unit in units:
@@ -70,7 +70,7 @@ def test_isa_units_share_no_inline_code():
 def test_every_instruction_set_obeys_the_rules(isa):
     if isa not in INFO["isas_supported"]:
         pytest.skip(f"this machine cannot run {isa}")
-    operators = ("inject", "lora_delta", "masked_linear")
+    operators = ("add_inject_rms_norm", "inject", "lora_delta", "masked_linear", "steer")
     tests = [str(ROOT / "tests/ops" / f"test_{operator}.py") for operator in operators]
     command = (sys.executable, "-m", "pytest", "-k", "kernel or error_rule", "-p", "no:cacheprovider", *tests)
     result = run(*command, PERSONAFAST_CPU_ISA=isa)
@@ -79,17 +79,26 @@ def test_every_instruction_set_obeys_the_rules(isa):
     assert run(sys.executable, "-c", code, PERSONAFAST_CPU_ISA=isa).stdout.strip() == isa
 
 
-def test_instruction_sets_give_the_same_injection(tmp_path):
+def test_instruction_sets_give_the_same_bits(tmp_path):
     code = """
 import sys, torch
 from personafast import ops
 g = torch.Generator().manual_seed(0)
-hidden = [torch.randn(5, 77, generator=g).to(d) for d in (torch.float32, torch.bfloat16, torch.float16)]
-bank, scale = torch.randn(3, 77, generator=g), torch.randn(5, generator=g)
+results = []
 with ops.use_backend("cpu"):
-    for rows in hidden:
-        ops.inject_(rows, bank, torch.tensor([0, 1, -1, 2, 0], dtype=torch.int32), scale)
-torch.save(hidden, sys.argv[1])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for width in (77, 1000):
+            hidden = torch.randn(5, width, generator=g).to(dtype)
+            bank, scale = torch.randn(4, width, generator=g), torch.randn(5, generator=g)
+            slots = torch.tensor([0, 1, -1, 2, 3], dtype=torch.int32)
+            mode = torch.arange(4, dtype=torch.int8)
+            params = torch.tensor([[1.0, 0.0], [-0.1, 0.1], [2.0, 0.0], [0.5, 0.0]])
+            results.append(ops.inject_(hidden.clone(), bank, slots, scale))
+            results.append(ops.steer_(hidden.clone(), bank, slots, mode, params, scale))
+            results.append(ops.steer_(hidden.clone(), bank.to(dtype), slots, mode, params))
+            results += ops.add_inject_rms_norm(hidden, 2 * hidden, bank, slots, scale, bank[0], 1e-6)
+            results += ops.add_inject_rms_norm(hidden, 2 * hidden, bank.to(dtype), slots, None, bank[0].to(dtype), 1e-6)
+torch.save(results, sys.argv[1])
 """
     results = []
     for isa in INFO["isas_supported"]:

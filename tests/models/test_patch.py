@@ -9,7 +9,7 @@ from helpers import tiny
 import personafast as pf
 from personafast.masks import PersonaMask
 from personafast.models.anatomy import anatomy
-from personafast.models.patch import VectorBank
+from personafast.models.banks import VectorBank
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 STEERED = pf.Persona(vectors={"creative": 2.0})

@@ -77,7 +77,7 @@ def test_kernel_obeys_the_error_rule(rows, features, outputs, personas, dtype, s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [5, 50])
+@pytest.mark.parametrize("rows", [5, 50, 515])
 @pytest.mark.parametrize("soft", [False, True])
 def test_error_rule_at_model_size(rows, dtype, soft, within_twice):
     x, weight, kept, masks, slots, gamma, bias = make(rows, 1030, 130, 3, dtype, 7)
@@ -133,7 +133,7 @@ def test_kernel_ignores_mask_bits_beyond_the_features():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize("rows", [3, 515])
 @pytest.mark.parametrize("slot", [-2, 2])
 def test_slot_out_of_range_is_named(backend, rows, slot):
     x, weight, _, masks, slots, _, _ = make(rows, 8, 4, 2, torch.float32, 6)

@@ -51,6 +51,23 @@ def arguments():
         ),
         "compress": (normal(6, 40), ops.pack_mask(kept)[:6]),
         "sparse_linear": (normal(3, 40), *ops.compress(normal(6, 40), ops.pack_mask(kept)[:6]), normal(6)),
+        "steer_": (
+            normal(5, 7),
+            normal(4, 7),
+            int32(0, -1, 2, 1, 3),
+            torch.arange(4, dtype=torch.int8),
+            normal(4, 2).sort(1).values,
+            normal(5),
+        ),
+        "add_inject_rms_norm": (
+            normal(5, 7),
+            normal(5, 7),
+            normal(3, 7),
+            int32(0, -1, 2, 1, 0),
+            normal(5),
+            normal(7),
+            1e-6,
+        ),
         "token_logprobs": (normal(4, 8), normal(9, 8), torch.arange(4), normal(4).abs() + 0.5, normal(9), 0.5, 9.0),
     }
 

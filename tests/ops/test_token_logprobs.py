@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

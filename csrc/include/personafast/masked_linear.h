@@ -15,7 +15,7 @@ struct MaskedLinearArgs {
   const void* weight;  // [outputs, features]
   int64_t weight_stride;
   const int32_t* masks;  // [personas, outputs, ceil(features / 32)], dense, least significant bit first
-  const int32_t* slots;  // [rows]
+  const int32_t* slots;  // [rows], or null for -1
   const float* gamma;    // [personas], or null for 0
   const void* bias;      // [outputs], or null
   int64_t rows;

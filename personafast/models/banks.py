@@ -1,0 +1,86 @@
+"""What slots index: blended vectors, a row a persona, and the LoRA factors of all adapters of a linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from personafast.errors import PersonafastError
+from personafast.models.anatomy import Anatomy
+from personafast.models.compressed import home
+
+
+class VectorBank:
+    """One row a persona and block: bank[block][slot] is what a row with that slot gets added."""
+
+    def __init__(self, parts: Anatomy, capacity: int) -> None:
+        self.capacity = capacity
+        self._blocks = parts.blocks
+        self._hidden = parts.shape.hidden_size
+        self._banks: dict[int, torch.Tensor] = {}
+        self._slots: dict[object, int] = {}
+
+    def slot(self, key: object, make: Callable[[], torch.Tensor], in_use: set[int]) -> int:
+        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes."""
+        if key in self._slots:
+            self._slots[key] = self._slots.pop(key)  # the last used stand last
+            return self._slots[key]
+        rows = make()
+        if len(self._slots) < self.capacity:
+            slot = len(self._slots)
+        else:
+            oldest = next((known for known, used in self._slots.items() if used not in in_use), None)
+            if oldest is None:
+                raise PersonafastError(
+                    f"personas: more than {self.capacity} different vector blends in one call; "
+                    "attach with a larger max_personas"
+                )
+            slot = self._slots.pop(oldest)
+        for block, row in enumerate(rows):
+            if block in self._banks or bool(row.any()):
+                self._bank(block)[slot].copy_(row)
+        self._slots[key] = slot
+        return slot
+
+    def at(self, block: int) -> torch.Tensor | None:
+        """The bank [S, H] of a block, or None when no blend acts there."""
+        return self._banks.get(block)
+
+    def _bank(self, block: int) -> torch.Tensor:
+        if block not in self._banks:
+            dtype, device = home(self._blocks[block])
+            self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+        return self._banks[block]
+
+
+@dataclass(frozen=True)
+class AdapterBank:
+    """The LoRA factors of all adapters of one linear: A [M, R, in], B [M, out, R], scale [M], ranks [M]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+    ranks: torch.Tensor
+
+    @classmethod
+    def stack(
+        cls, linear: nn.Module, factors: Sequence[tuple[torch.Tensor, torch.Tensor, float] | None]
+    ) -> AdapterBank:
+        """Stack (A, B, scale) of every adapter, None for one that leaves this linear alone."""
+        dtype, device = home(linear)
+        present = [f for f in factors if f is not None]
+        rank = max(f[0].shape[0] for f in present)
+        a = torch.zeros(len(factors), rank, present[0][0].shape[1], dtype=dtype)
+        # A view of [M, R, out]: that layout is what one product over all adapters reads.
+        b = torch.zeros(len(factors), rank, present[0][1].shape[0], dtype=dtype).transpose(1, 2)
+        scale = torch.zeros(len(factors), dtype=torch.float32)
+        ranks = torch.zeros(len(factors), dtype=torch.int32)
+        for slot, factor in enumerate(factors):
+            if factor is not None:
+                r = factor[0].shape[0]
+                a[slot, :r], b[slot, :, :r] = factor[0], factor[1]
+                scale[slot], ranks[slot] = factor[2], r
+        return cls(*(tensor.to(device) for tensor in (a, b, scale, ranks)))

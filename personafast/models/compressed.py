@@ -1,0 +1,56 @@
+"""One mask's weights in place of the dense ones: what `attach(..., keep_dense=False)` makes of a linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from personafast import ops
+
+
+def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device a module computes in, even if its weights are quantised or have been compressed."""
+    compressed = module.__dict__.get("_personafast_compressed")
+    if compressed is not None:
+        return compressed.values.dtype, compressed.values.device
+    parameter = next((p for p in module.parameters() if not p.is_meta), None)
+    if parameter is None:
+        return next(home(part) for part in module.modules() if "_personafast_compressed" in part.__dict__)
+    return parameter.dtype if parameter.is_floating_point() else torch.bfloat16, parameter.device
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    """The weights that a mask keeps, as `ops.compress` lays them out."""
+
+    values: torch.Tensor
+    bitmap: torch.Tensor
+    row_offsets: torch.Tensor
+    requires_grad: bool
+
+    @classmethod
+    def take(cls, linear: nn.Module, words: torch.Tensor) -> CompressedWeight:
+        """Compress a linear's weight and free it: its parameter stays by name and shape, without memory (meta)."""
+        weight = linear.weight
+        assert isinstance(weight, nn.Parameter)
+        values, bitmap, row_offsets = ops.compress(weight.detach(), words.to(weight.device))
+        taken = cls(values, bitmap, row_offsets, weight.requires_grad)
+        linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        linear.__dict__["_personafast_compressed"] = taken
+        return taken
+
+    def put_back(self, linear: nn.Module) -> None:
+        """Give the linear a dense weight again: what was kept, and zeros for what is gone."""
+        missing = linear.weight
+        assert isinstance(missing, nn.Parameter)
+        weight = torch.zeros(missing.shape, dtype=self.values.dtype, device=self.values.device)
+        weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values
+        linear.weight = nn.Parameter(weight, requires_grad=self.requires_grad)
+        del linear.__dict__["_personafast_compressed"]
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
+        return flat.view(*x.shape[:-1], -1)

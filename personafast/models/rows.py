@@ -1,0 +1,65 @@
+"""Which vector, mask and adapter each row of a batch carries, spread over the tokens of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from personafast.errors import PersonafastError
+
+NOBODY = -1
+
+
+class TokenSlots:
+    """The slots of one kind, spread over the tokens of a forward pass of any length."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self._spread: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    @property
+    def used(self) -> set[int]:
+        """The slots that rows carry."""
+        return set(self._rows.tolist()) - {NOBODY}
+
+    def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """Slots [batch * length], row-major. A batch that is a multiple of the rows (beams) repeats each row."""
+        key = (batch, length, device)
+        if key not in self._spread:
+            rows = self._rows.numel()
+            if rows == 0 or batch % rows:
+                raise PersonafastError(
+                    f"personas: {rows} given for a batch of {batch} rows; give one a row (None for none)"
+                )
+            self._spread[key] = self._rows.repeat_interleave(batch // rows * length).to(device)
+        return self._spread[key]
+
+
+@dataclass(frozen=True)
+class RowSlots:
+    """Slots of the rows of a batch, each int32 [R] on the CPU; -1 leaves a row alone.
+
+    Spread over tokens they are kept with the object, so that all steps of a decoding loop share one tensor a kind.
+    """
+
+    vectors: torch.Tensor
+    masks: torch.Tensor
+    adapters: torch.Tensor
+
+    @classmethod
+    def of(cls, vectors: Sequence[int], masks: Sequence[int], adapters: Sequence[int]) -> RowSlots:
+        """From plain integers."""
+        return cls(*(torch.tensor(list(slots), dtype=torch.int32) for slots in (vectors, masks, adapters)))
+
+    def select(self, rows: torch.Tensor) -> RowSlots:
+        """The slots of some of the rows."""
+        return RowSlots(self.vectors[rows], self.masks[rows], self.adapters[rows])
+
+    @cached_property
+    def by_kind(self) -> dict[str, TokenSlots]:
+        """The kinds that any row uses."""
+        kinds = {"vectors": self.vectors, "masks": self.masks, "adapters": self.adapters}
+        return {kind: TokenSlots(slots) for kind, slots in kinds.items() if bool((slots != NOBODY).any())}
