@@ -207,7 +207,7 @@ def _compressed(model: Any, ids: torch.Tensor, stack: contextlib.ExitStack) -> R
     twin = sharing(model)
     library = pf.PersonaLibrary()
     library.add_mask("half", mask)
-    handle = pf.attach(twin, library, keep_dense=False)  # type: ignore[call-arg]
+    handle = pf.attach(twin, library, keep_dense=False)
     # Nine bits where sixteen were.
     traffic = model_bytes(model) - linear_bytes(model) * 7 // 16
     generate = generator(twin, ids, custom_generate=handle.generate, personas=pf.Persona(mask="half"))

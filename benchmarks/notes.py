@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Operator, or "decode" -> what the page says above its table, in Markdown.
 NOTES: dict[str, str] = {
-    "masked_linear": (
+    "linear": (
         "int8 and int4 baselines are weight-only quantisation as it runs on a CPU here. They read 8 and about 4.5 bits "
         "a weight where bf16 has 16, and what they lose stands beside them as relative error."
     ),

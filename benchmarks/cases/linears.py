@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import quantised
 from benchmarks.case import Case, Contender, Draw, Inputs, nbytes
-from benchmarks.cases.shapes import WEIGHTS, dense, linear, linear_traffic, masked, no_masks, weight_bytes
+from benchmarks.cases.shapes import WEIGHTS, dense, linear, linear_traffic, masked, weight_bytes
 from personafast import ops
 
 DENSE_ROWS = (1, 2, 4, 5, 8, 16, 17, 24, 32)
@@ -21,18 +21,27 @@ DENSE_GOALS = {1: 1.8, 5: 1.2, 17: 1.2}
 
 def dense_case(outputs: int, features: int, rows: int) -> Case:
     def make(draw: Draw) -> Inputs:
-        weight = draw.weight(outputs, features)
-        return SimpleNamespace(x=draw.normal(rows, features), weight=weight, **no_masks(outputs, features, rows))
+        return SimpleNamespace(
+            x=draw.normal(rows, features),
+            weight=draw.weight(outputs, features),
+            none=torch.zeros(0, outputs, features // 32, dtype=torch.int32),
+            nobody=torch.full((rows,), -1, dtype=torch.int32),
+        )
+
+    def without_masks(inputs: Inputs) -> torch.Tensor:
+        return ops.masked_linear(inputs.x, inputs.weight, inputs.none, inputs.nobody)
 
     return Case(
         name=f"linear-{outputs}x{features}-rows{rows}",
-        operator="masked_linear",
+        operator="linear",
+        needs=("masked_linear",),
         shape={"O": outputs, "I": features, "T": rows},
         make=make,
         plain=linear,
         ours=Contender("ours", dense, linear_traffic, resident=weight_bytes),
         baselines=(
             Contender("F.linear", linear, linear_traffic, resident=weight_bytes, goal=DENSE_GOALS.get(rows)),
+            Contender("masked_linear, every slot -1", without_masks, linear_traffic, resident=weight_bytes),
             *(quantised.baselines() if rows == 1 else ()),
         ),
     )
@@ -47,7 +56,6 @@ def masked_case(outputs: int, features: int, rows: int) -> Case:
             weight=draw.weight(outputs, features),
             masks=draw.mask_words(rows, outputs, features // 32),
             slots=torch.randperm(rows, generator=draw.generator).to(torch.int32),
-            **no_masks(outputs, features, rows),
         )
 
     def plain(inputs: Inputs) -> torch.Tensor:
@@ -64,6 +72,7 @@ def masked_case(outputs: int, features: int, rows: int) -> Case:
     return Case(
         name=f"masked_linear-{outputs}x{features}-rows{rows}-masks{rows}",
         operator="masked_linear",
+        needs=("linear",),
         shape={"O": outputs, "I": features, "T": rows, "P": rows},
         make=make,
         plain=plain,
@@ -103,12 +112,11 @@ def sparse_case(outputs: int, features: int, rows: int) -> Case:
             x=draw.normal(rows, features),
             weight=draw.weight(outputs, features),
             mask=draw.mask_words(outputs, features // 32),
-            **no_masks(outputs, features, rows),
         )
 
     def half(inputs: Inputs) -> Inputs:
         weight = masked(inputs.weight, inputs.mask)
-        return SimpleNamespace(x=inputs.x, weight=weight, none=inputs.none, nobody=inputs.nobody)
+        return SimpleNamespace(x=inputs.x, weight=weight)
 
     def compress(inputs: Inputs) -> Inputs:
         return SimpleNamespace(x=inputs.x, packed=ops.compress(inputs.weight, inputs.mask))
@@ -116,7 +124,7 @@ def sparse_case(outputs: int, features: int, rows: int) -> Case:
     return Case(
         name=f"sparse_linear-{outputs}x{features}-half-rows{rows}",
         operator="sparse_linear",
-        needs=("compress",),
+        needs=("compress", "linear"),
         shape={"O": outputs, "I": features, "T": rows},
         make=make,
         plain=lambda inputs: linear(half(inputs)),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import Case, Contender, Draw, Inputs, nbytes
-from benchmarks.cases.shapes import WEIGHTS, dense, linear_traffic, no_masks
+from benchmarks.cases.shapes import WEIGHTS, dense, linear_traffic
 from personafast import ops
 
 
@@ -27,7 +27,6 @@ def lora_case(outputs: int, features: int, rows: int, adapters: int, rank: int, 
             slots=slots,
             scale=0.5 + draw.uniform(adapters),
             ranks=torch.full((adapters,), rank, dtype=torch.int32),
-            **no_masks(outputs, features, rows),
         )
 
     def loop(inputs: Inputs) -> torch.Tensor:
@@ -47,7 +46,7 @@ def lora_case(outputs: int, features: int, rows: int, adapters: int, rank: int, 
     return Case(
         name=f"lora_delta-{outputs}x{features}-rows{rows}-adapters{adapters}-rank{rank}",
         operator="lora_delta_",
-        needs=("masked_linear",),
+        needs=("linear",),
         shape={"O": outputs, "I": features, "T": rows, "M": adapters, "R": rank},
         make=make,
         plain=loop,

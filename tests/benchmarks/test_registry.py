@@ -1,9 +1,12 @@
+import inspect
+
 import pytest
 
 from benchmarks.case import has_operator
 from benchmarks.cases import CASES
 from benchmarks.decode import DECODE_CASES, parameters
 from benchmarks.notes import NOTES
+from personafast import ops
 from personafast.ops import _backend
 
 BY_NAME = {case.name: case for case in CASES}
@@ -12,7 +15,10 @@ SHAPES = ("11008x4096", "4096x4096")
 
 def test_every_operator_has_a_case():
     covered = {name for case in CASES for name in (case.operator, *case.needs)}
-    assert set(_backend.KERNELS) | {"philox.uniform"} <= covered
+    helpers = {"available", "chosen", "use_backend"}
+    public = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))} - helpers
+    assert "inject_" in public
+    assert set(_backend.KERNELS) | public | {"philox.uniform"} <= covered
 
 
 def test_names_are_unique_and_ours_comes_first():
