@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format clean
+.PHONY: help install demo test test-all bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ test: $(STAMP) ## Run the tests that fit a small machine
 test-all: $(STAMP) ## Run every test, those that train the zoo's models included
 	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
 	$(PY) -m pytest --durations=10 $(ARGS)
+
+bench: $(STAMP) ## Time every kernel and decoding beside named baselines; write docs/performance.md
+	$(PY) -m pytest benchmarks --benchmark-quiet --bench-results benchmarks/results $(ARGS)
+	$(PY) -m benchmarks.report
 
 lint: $(STAMP) ## Check style and floors: ruff, clang-format, import-linter
 	$(PY) -m ruff check .

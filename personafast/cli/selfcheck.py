@@ -85,11 +85,34 @@ def _aggregate_logits(generator: torch.Generator, device: str) -> torch.Tensor:
     return ops.aggregate_logits(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device), min_p)
 
 
+def _steer(generator: torch.Generator, device: str) -> torch.Tensor:
+    hidden, modes = _normal(generator, device, 5, 37), torch.tensor([0, 1, 2], dtype=torch.int8, device=device)
+    params = _normal(generator, device, 3, 2).sort(1).values
+    return ops.steer_(hidden, _normal(generator, device, 3, 37), _slots(device), modes, params)
+
+
+def _add_inject_rms_norm(generator: torch.Generator, device: str) -> torch.Tensor:
+    update, residual = _normal(generator, device, 5, 37), _normal(generator, device, 5, 37)
+    bank, weight = _normal(generator, device, 3, 37), _normal(generator, device, 37)
+    return torch.cat(ops.add_inject_rms_norm(update, residual, bank, _slots(device), None, weight, 1e-6))
+
+
+def _compress(generator: torch.Generator, device: str) -> torch.Tensor:
+    return ops.compress(_normal(generator, device, 11, 70), ops.pack_mask(_bits(generator, device, 11, 70)))[0]
+
+
+def _sparse_linear(generator: torch.Generator, device: str) -> torch.Tensor:
+    compressed = ops.compress(_normal(generator, device, 11, 70), ops.pack_mask(_bits(generator, device, 11, 70)))
+    return ops.sparse_linear(_normal(generator, device, 5, 70), *compressed)
+
+
 def _verify_draft(generator: torch.Generator, device: str) -> torch.Tensor:
     target, draft = (_normal(generator, device, 2, n, 41).log_softmax(-1) for n in (4, 3))
-    tokens, seeds = torch.tensor([[3, 40, 7], [12, 5, 0]], device=device), torch.tensor([1, 2], device=device)
+    tokens = torch.tensor([[3, 1, 4], [1, 5, 9]], device=device)
     lengths = torch.tensor([3, 2], dtype=torch.int32, device=device)
-    return ops.verify_draft(target, draft, tokens, lengths, seeds, seeds, True)[0]
+    seeds, positions = torch.tensor([5, 6], device=device), torch.tensor([0, 7], device=device)
+    drawn, accepted = ops.verify_draft(target, draft, tokens, lengths, seeds, positions, True)
+    return torch.cat([drawn, accepted[:, None]], 1)
 
 
 CASES: dict[str, Case] = {
@@ -102,6 +125,10 @@ CASES: dict[str, Case] = {
     "chunk_scores": _chunk_scores,
     "chunk_accept": _chunk_accept,
     "aggregate_logits": _aggregate_logits,
+    "steer_": _steer,
+    "add_inject_rms_norm": _add_inject_rms_norm,
+    "compress": _compress,
+    "sparse_linear": _sparse_linear,
     "verify_draft": _verify_draft,
 }
 

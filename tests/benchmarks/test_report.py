@@ -1,0 +1,121 @@
+import json
+
+import pytest
+
+from benchmarks import report
+from benchmarks.figure import bars, draw
+from benchmarks.report import PAGE, RESULTS, load, page
+
+SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
+
+
+def entry(**extra):
+    figures = {"microseconds": {"median": 1500.0, "low": 1.0, "high": 2.0}, "bytes": 10, "gb_s": 20.5}
+    return {**figures, "share_of_read_bandwidth": {"median": 0.875, "low": 0.5, "high": 1.0}, **extra}
+
+
+def machine():
+    head = {
+        "hardware": {
+            "cpu": "Some CPU",
+            "cpu_family_model_stepping": ["1", "2", "3"],
+            "cores": 2,
+            "threads": 2,
+            "last_level_cache_bytes": 32 << 20,
+            "memory_bytes": 8 << 30,
+            "torch_cpu_capability": "AVX512",
+            "kernels": {"isa": "avx512", "compiler": "GNU 12"},
+        },
+        "versions": {"torch": "2"},
+        "read_method": "sum",
+    }
+    common = {"date": "2026-01-02", "commit": "f" * 40, "rounds": 9, "read_bandwidth_gb_s": {"median": 45.0}}
+    ops = [
+        {
+            **common,
+            "name": "masked_linear-8",
+            "operator": "masked_linear",
+            "backend": "cpu",
+            "ours": entry(relative_error=0.0017, resident_bytes=3 << 20),
+            "baselines": {
+                "copies": entry(times_faster=SPREAD, goal=6.0, memory_goal=0.19, share_of_its_memory=0.1875),
+                "dense": entry(times_faster={**SPREAD, "median": 0.8}, goal=0.625),
+                "torchao": {"absent": "not installed"},
+            },
+        },
+        {"name": "sparse_linear-1", "skipped": "no sparse_linear yet"},
+    ]
+    decode = [
+        {
+            **common,
+            "name": "decode-x",
+            "model": {
+                "parameters": 5 * 10**8,
+                "dtype": "bfloat16",
+                "num_hidden_layers": 2,
+                "hidden_size": 8,
+                "vocab_size": 99,
+            },
+            "rows": 1,
+            "tokens": 16,
+            "baseline": "stock",
+            "contenders": {
+                "stock": entry(tokens_per_s=20.0),
+                "ours": entry(tokens_per_s=40.0, times_faster=SPREAD, goal=1.6),
+            },
+        }
+    ]
+    return {"name": "here", "ops": {**head, "cases": ops}, "decode": {**head, "cases": decode}}
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    assert PAGE.read_text(encoding="utf-8") == page(load(RESULTS))
+
+
+def test_every_measured_machine_has_its_figure():
+    for found in load(RESULTS):
+        assert PAGE.with_name(f"performance-{found['name']}.png").exists()
+
+
+def test_goals_are_met_or_missed_by_the_median():
+    text = page([machine()])
+    assert "| `masked_linear-8` | copies | 6.00x faster | 2.00x faster | **missed** |" in text
+    assert "| `masked_linear-8` | copies | 0.19 of its memory | 0.1875 | met |" in text
+    assert "| `masked_linear-8` | dense | 1.60x slower | 1.25x slower | met |" in text
+    assert "| `decode-x`: ours | stock | 1.60x faster | 2.00x faster | met |" in text
+
+
+def test_figures_stand_beside_their_spread_and_what_is_missing_is_named():
+    text = page([machine()])
+    assert "| `masked_linear-8` | **ours** (cpu) | 1.50 ms | 20.5 | 88 % |  | 0.002 | 3.0 MiB |  |" in text
+    assert "|  | copies | 1.50 ms | 20.5 | 88 % | 2.00x [1.50, 2.50] |" in text
+    assert "- `sparse_linear-1`: no sparse_linear yet" in text
+    assert "- torchao: not installed (`masked_linear-8`)" in text
+    assert "No GPU figure has been measured." in text and "(performance-here.png)" in text
+    assert "45 to 45 GB/s" in text and "f" * 12 in text and "f" * 13 not in text
+
+
+def test_without_results_the_page_says_so():
+    assert page([]).endswith("Nothing has been measured yet.\n")
+
+
+def test_bars_compare_with_the_first_baseline():
+    assert bars(machine()) == [("decode-x: ours", 2.0, 87.5, 87.5), ("masked_linear-8", 2.0, 87.5, 87.5)]
+
+
+def test_the_command_writes_page_and_figure(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    home = tmp_path / "results" / "here"
+    home.mkdir(parents=True)
+    found = machine()
+    for suite in ("ops", "decode"):
+        (home / f"{suite}.json").write_text(json.dumps(found[suite]))
+    (tmp_path / "results" / "demo.json").write_text("{}")
+    target = tmp_path / "docs" / "performance.md"
+    target.parent.mkdir()
+    assert report.main(["--results", str(tmp_path / "results"), "--page", str(target)]) == 0
+    assert target.read_text() == page([found])
+    figure = target.with_name("performance-here.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    draw(found, figure)
+    assert str(target) in capsys.readouterr().out
