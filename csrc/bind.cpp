@@ -297,11 +297,6 @@ py::dict build_info() {
   info["isas_compiled"] = compiled;
   info["isas_supported"] = supported;
   info["isa"] = isa_name(isa_chosen());
-#ifdef _OPENMP
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
-#endif
   info["cuda"] = false;
   return info;
 }
@@ -310,9 +305,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "personafast's C++ kernels, by address: use personafast.ops";
-  module.def(
-      "build_info", &build_info,
-      "Version, compiler, instruction sets compiled, supported here and chosen, and whether OpenMP and CUDA are in.");
+  module.def("build_info", &build_info,
+             "Version, compiler, instruction sets compiled, supported here and chosen, and whether CUDA is in.");
   module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");

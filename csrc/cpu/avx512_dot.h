@@ -278,21 +278,22 @@ struct Linear {
   alignas(64) float kept[kPlanRows * kGroup] = {};
   alignas(64) float dropped[kPlanRows * kGroup] = {};
 
-  Linear(const LinearArgs& args, const LinearPlan& rows, char* scratch) : a(args), plan(rows) {
+  Linear(const LinearArgs& args, const LinearPlan& rows, Scratch scratch) : a(args), plan(rows) {
+    char* to = static_cast<char*>(scratch.at);
     int64_t first = 0;
     for (int64_t j = 0; j < plan.count; ++j) {
       const LinearTile& tile = plan.tiles[j];
-      pack_rows<D>(scratch, a.x, a.x_stride, tile.rows, tile.count, a.features);
+      if (!scratch.packed) pack_rows<D>(to, a.x, a.x_stride, tile.rows, tile.count, a.features);
       const auto mask = [&](int k) {
         return tile.keep == Keep::all ? nullptr : a.masks + tile.slots[k] * a.outputs * words;
       };
       tiles[j] = {tile_of<D, Soft>(tile.keep, tile.count),
-                  scratch,
+                  to,
                   kBlock * tile.count * kPackedBytes<D>,
                   {mask(0), mask(1)},
                   kept + kGroup * first,
                   dropped + kGroup * first};
-      scratch += tile.count * words * kWord * kPackedBytes<D>;
+      to += tile.count * words * kWord * kPackedBytes<D>;
       first += tile.count;
     }
     // A view of some columns of a wider matrix would have the columns in between fetched too.

@@ -3,18 +3,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <atomic>
 #include <vector>
 
 #include "kernels.h"
 #include "personafast/isa.h"
+#include "pool.h"
 
 // What the host units share: each checks its slots, chooses the instruction set and splits the work over threads. No
 // ISA unit may include this.
 namespace personafast {
 namespace {
 
-// Below this many multiply-adds, or bytes moved, a second thread costs more to wake than it saves.
+// Below this many multiply-adds, or bytes moved, a second thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 16;
+
+// Parts a thread: a thread that loses its core for a while leaves most of its share to the others.
+constexpr int64_t kPartsPerThread = 8;
 
 // The first row whose slot is outside [-1, count), or -1.
 inline int64_t first_wrong_slot(const int32_t* slots, int64_t rows, int64_t count) {
@@ -24,25 +29,44 @@ inline int64_t first_wrong_slot(const int32_t* slots, int64_t rows, int64_t coun
   return -1;
 }
 
-// Calls run(begin, end) on equal parts of [0, count), one a thread.
+// Calls run(begin, end) on equal parts of [0, count), of about work_per_thread each or more, wherever a thread is free.
 template <class Run>
-inline void split(int64_t count, int64_t work, int64_t work_per_thread, int threads, Run run) {
+inline void split(int64_t count, int64_t work, int64_t work_per_thread, int threads, const Run& run) {
   int64_t parts = work / work_per_thread;
-  if (parts > threads) parts = threads;
+  if (parts > threads * kPartsPerThread) parts = threads * kPartsPerThread;
   if (parts > count) parts = count;
-  if (parts <= 1) return run(static_cast<int64_t>(0), count);
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-#endif
-  for (int64_t part = 0; part < parts; ++part) run(count * part / parts, count * (part + 1) / parts);
+  if (parts <= 1 || threads <= 1) return run(static_cast<int64_t>(0), count);
+  struct Call {
+    const Run& run;
+    int64_t count;
+    int64_t parts;
+  } call = {run, count, parts};
+  run_parts(
+      parts, threads,
+      [](void* context, int64_t part) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.run(c.count * part / c.parts, c.count * (part + 1) / c.parts);
+      },
+      &call);
 }
 
-// At least `bytes` for this thread alone, from a cache line on; what was in it is lost.
-inline void* scratch(int64_t bytes) {
+// A number that no other call has.
+inline uint64_t call_number() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
+// At least `bytes` for this thread alone, from a cache line on. It holds what the thread wrote there earlier in the
+// same call, if it did.
+inline Scratch scratch(int64_t bytes, uint64_t call) {
   static thread_local std::vector<char> buffer;
+  static thread_local uint64_t last = 0;
   const size_t wanted = static_cast<size_t>(bytes) + 64;
   if (buffer.size() < wanted) buffer.resize(wanted);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~static_cast<uintptr_t>(63));
+  void* at = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~static_cast<uintptr_t>(63));
+  const bool packed = last == call;
+  last = call;
+  return {at, packed};
 }
 
 }  // namespace

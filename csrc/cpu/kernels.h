@@ -80,6 +80,12 @@ constexpr int64_t kTileRows = 6;
 constexpr int64_t kSoftTileRows = 3;
 constexpr int64_t kPlanRows = 64;
 
+// Memory of a thread's own, 64 byte aligned; `packed` says that x is in it already, from another part of the same call.
+struct Scratch {
+  void* at;
+  bool packed;
+};
+
 // Outputs that are summed side by side. Threads take whole groups, so that which outputs share one depends on nothing.
 constexpr int64_t kOutputGroup = 4;
 

@@ -6,12 +6,6 @@
 #include "host.h"
 
 namespace personafast {
-namespace {
-
-// As kWorkPerThread; lora_delta wakes the threads twice a call, some 15 us each time where they sleep between calls.
-constexpr int64_t kLoraWorkPerThread = 1 << 21;
-
-}  // namespace
 
 int64_t lora_delta_cpu(const LoraDeltaArgs& args, int threads) {
   const int64_t wrong = first_wrong_slot(args.slots, args.rows, args.adapters);
@@ -45,7 +39,7 @@ int64_t lora_delta_cpu(const LoraDeltaArgs& args, int threads) {
   }
 
   const Isa isa = isa_chosen();
-  split(args.rank, ranks * args.features, kLoraWorkPerThread, threads, [&](int64_t begin, int64_t end) {
+  split(args.rank, ranks * args.features, kWorkPerThread, threads, [&](int64_t begin, int64_t end) {
     for (const LoraGroup& group : groups) {
       const int64_t last = std::min(end, group.rank);
       PERSONAFAST_RUN(isa, lora_delta_inner, args, group, begin, last);
@@ -55,7 +49,7 @@ int64_t lora_delta_cpu(const LoraDeltaArgs& args, int threads) {
   constexpr int64_t kBlock = 64;
   const Isa adjacent = args.b_stride_o == 1 ? isa : Isa::scalar;
   const int64_t blocks = (args.outputs + kBlock - 1) / kBlock;
-  split(blocks, ranks * args.outputs, kLoraWorkPerThread, threads, [&](int64_t begin, int64_t end) {
+  split(blocks, ranks * args.outputs, kWorkPerThread, threads, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock;
     const int64_t last = std::min(end * kBlock, args.outputs);
     for (const LoraGroup& group : groups) {

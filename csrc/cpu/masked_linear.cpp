@@ -16,9 +16,10 @@ int64_t masked_linear_cpu(const MaskedLinearArgs& args, int threads) {
   for (int64_t first = 0; first < args.rows; first += kPlanRows) {
     const TiledRows rows(args.slots, first, std::min(kPlanRows, args.rows - first), args.gamma != nullptr);
     const LinearPlan& plan = rows.plan();
+    const uint64_t call = call_number();
     split(groups, plan.rows * args.outputs * args.features, kWorkPerThread, threads, [&](int64_t begin, int64_t end) {
-      PERSONAFAST_RUN(isa, masked_linear_outputs, args, plan, scratch(plan.rows * row_bytes), begin * kOutputGroup,
-                      std::min(end * kOutputGroup, args.outputs));
+      PERSONAFAST_RUN(isa, masked_linear_outputs, args, plan, scratch(plan.rows * row_bytes, call),
+                      begin * kOutputGroup, std::min(end * kOutputGroup, args.outputs));
     });
   }
   return -1;

@@ -115,7 +115,7 @@ void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, int64_t begin, i
 
 }  // namespace
 
-void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void*, int64_t begin, int64_t end) {
+void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, Scratch, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
       return a.gamma ? outputs<Dtype::f32, true>(a, plan, begin, end) : outputs<Dtype::f32, false>(a, plan, begin, end);

@@ -27,9 +27,9 @@ void write(const MaskedLinearArgs& a, const Linear<D, Soft>& sums, int64_t o, in
 }
 
 template <Dtype D, bool Soft>
-void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void* scratch, int64_t begin, int64_t end) {
+void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, Scratch scratch, int64_t begin, int64_t end) {
   const LinearArgs args = {a.x, a.x_stride, a.weight, a.weight_stride, a.masks, a.outputs, a.features};
-  Linear<D, Soft> linear(args, plan, static_cast<char*>(scratch));
+  Linear<D, Soft> linear(args, plan, scratch);
   int64_t o = begin;
   for (; o + kGroup <= end; o += kGroup) {
     linear.group(o, kGroup, o + 2 * kGroup <= end);
@@ -44,7 +44,7 @@ void outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void* scratch, i
 
 }  // namespace
 
-void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, void* scratch, int64_t begin,
+void masked_linear_outputs(const MaskedLinearArgs& a, const LinearPlan& plan, Scratch scratch, int64_t begin,
                            int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:

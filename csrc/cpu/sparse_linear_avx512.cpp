@@ -126,10 +126,8 @@ struct Sparse {
   const bool at_once = linear.plan.count == 1 && linear.plan.rows <= kAtOnce;
   alignas(64) char block[kGroup * kBlock * kBytes<D>];
 
-  Sparse(const SparseLinearArgs& args, const LinearPlan& plan, void* scratch)
-      : a(args),
-        linear({args.x, args.x_stride, nullptr, 0, nullptr, args.outputs, args.features}, plan,
-               static_cast<char*>(scratch)) {}
+  Sparse(const SparseLinearArgs& args, const LinearPlan& plan, Scratch scratch)
+      : a(args), linear({args.x, args.x_stride, nullptr, 0, nullptr, args.outputs, args.features}, plan, scratch) {}
 
   const char* value(int64_t i) const { return static_cast<const char*>(a.values) + i * kBytes<D>; }
 
@@ -206,7 +204,7 @@ struct Sparse {
 };
 
 template <Dtype D>
-void outputs(const SparseLinearArgs& a, const LinearPlan& plan, void* scratch, int64_t begin, int64_t end) {
+void outputs(const SparseLinearArgs& a, const LinearPlan& plan, Scratch scratch, int64_t begin, int64_t end) {
   Sparse<D> sparse(a, plan, scratch);
   int64_t o = begin;
   for (; o + kGroup <= end; o += kGroup) sparse.group(o, kGroup, end);
@@ -215,7 +213,7 @@ void outputs(const SparseLinearArgs& a, const LinearPlan& plan, void* scratch, i
 
 }  // namespace
 
-void sparse_linear_outputs(const SparseLinearArgs& a, const LinearPlan& plan, void* scratch, int64_t begin,
+void sparse_linear_outputs(const SparseLinearArgs& a, const LinearPlan& plan, Scratch scratch, int64_t begin,
                            int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:

@@ -36,7 +36,7 @@ void outputs(const SparseLinearArgs& a, const LinearPlan& plan, int64_t begin, i
 
 }  // namespace
 
-void sparse_linear_outputs(const SparseLinearArgs& a, const LinearPlan& plan, void*, int64_t begin, int64_t end) {
+void sparse_linear_outputs(const SparseLinearArgs& a, const LinearPlan& plan, Scratch, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
       return outputs<Dtype::f32>(a, plan, begin, end);

@@ -37,8 +37,9 @@ int64_t token_logprobs_cpu(const TokenLogprobsArgs& args, int threads) {
   for (int64_t first = 0; first < args.rows; first += kPlanRows) {
     const TiledRows rows(nullptr, first, std::min(kPlanRows, args.rows - first), false);
     const LinearPlan& plan = rows.plan();
+    const uint64_t call = call_number();
     split(parts, plan.rows * args.vocabulary * args.features, kWorkPerThread, threads, [&](int64_t begin, int64_t end) {
-      PERSONAFAST_RUN(isa, token_logprobs_parts, args, plan, scratch(plan.rows * row_bytes), part, begin, end,
+      PERSONAFAST_RUN(isa, token_logprobs_parts, args, plan, scratch(plan.rows * row_bytes, call), part, begin, end,
                       sums.data(), target.data());
     });
     for (int64_t k = 0; k < plan.rows; ++k) {

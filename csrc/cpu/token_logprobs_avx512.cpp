@@ -31,10 +31,10 @@ struct Head {
   float* target;
   alignas(64) float panel[kPlanRows * kLogitPanel];
 
-  Head(const TokenLogprobsArgs& args, const LinearPlan& plan, void* scratch, float* to)
+  Head(const TokenLogprobsArgs& args, const LinearPlan& plan, Scratch scratch, float* to)
       : a(args),
         linear({args.hidden, args.hidden_stride, args.head, args.head_stride, nullptr, args.vocabulary, args.features},
-               plan, static_cast<char*>(scratch)),
+               plan, scratch),
         target(to) {}
 
   // Logits o to o + count - 1 of row k of the plan, as they enter the softmax.
@@ -102,7 +102,7 @@ struct Head {
 };
 
 template <Dtype D>
-void all_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, void* scratch, int64_t part, int64_t begin,
+void all_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, Scratch scratch, int64_t part, int64_t begin,
                int64_t end, LogSum* sums, float* target) {
   Head<D> head(a, plan, scratch, target);
   const int64_t last = end * part < a.vocabulary ? end * part : a.vocabulary;
@@ -114,7 +114,7 @@ void all_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, void* scratch
 
 }  // namespace
 
-void token_logprobs_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, void* scratch, int64_t part,
+void token_logprobs_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, Scratch scratch, int64_t part,
                           int64_t begin, int64_t end, LogSum* sums, float* target) {
   switch (a.dtype) {
     case Dtype::f32:

@@ -61,7 +61,7 @@ void all_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, int64_t part,
 
 }  // namespace
 
-void token_logprobs_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, void*, int64_t part, int64_t begin,
+void token_logprobs_parts(const TokenLogprobsArgs& a, const LinearPlan& plan, Scratch, int64_t part, int64_t begin,
                           int64_t end, LogSum* sums, float* target) {
   switch (a.dtype) {
     case Dtype::f32:

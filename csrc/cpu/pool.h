@@ -1,0 +1,17 @@
+#pragma once
+
+#include <stdint.h>
+
+// The threads of the host units: one pool a process, which outlives every call.
+namespace personafast {
+
+// Calls run(context, part) once for every part in [0, parts), on the calling thread and on up to threads - 1 others,
+// which take a part whenever they are done with one. Returns when all are done. If the pool is at work for another
+// thread, the caller does all parts itself.
+//
+// Between calls a worker watches for the next for PERSONAFAST_SPIN_US microseconds (100 unless set; 0 never watches)
+// before it sleeps: waking a sleeping thread takes some 40 us, as long as reading a megabyte, and a model calls several
+// times a millisecond. A worker that comes too late for a call does not delay it.
+void run_parts(int64_t parts, int threads, void (*run)(void* context, int64_t part), void* context);
+
+}  // namespace personafast
