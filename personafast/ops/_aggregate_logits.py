@@ -8,7 +8,7 @@ import torch
 
 from personafast.ops import _backend
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
-from personafast.ops._library import check_dims, check_float, check_no_grad, check_shape, fail, register
+from personafast.ops._library import FLOATS, check_dims, check_float, check_no_grad, check_shape, fail, register
 
 _OP = "aggregate_logits"
 
@@ -27,18 +27,30 @@ def _validate(
     p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> None:
+    # Checked in line and explained only when something is wrong: with few rows the checks are a good part of the call.
     if torch.is_grad_enabled():
         check_no_grad(_OP, ref, policies, weights, carried)
-    check_dims(_OP, "ref", ref, 2, "[B, V]")
-    check_float(_OP, "ref", ref)
-    check_float(_OP, "policies", policies)
+    if ref.dim() != 2 or ref.dtype not in FLOATS:
+        check_dims(_OP, "ref", ref, 2, "[B, V]")
+        check_float(_OP, "ref", ref)
     batch, vocabulary = ref.shape
-    check_dims(_OP, "policies", policies, 3, "[N, B, V]")
-    check_shape(_OP, "policies", policies, (policies.shape[0], batch, vocabulary), "[N, B, V]")
-    check_members(_OP, batch, policies.shape[0], weights, carried)
-    check_rule_shapes(_OP, batch, aggregator, p)
-    check_float(_OP, "min_p", min_p)
-    check_shape(_OP, "min_p", min_p, (batch,), "[B]")
+    if policies.dim() != 3 or policies.dtype not in FLOATS:
+        check_float(_OP, "policies", policies)
+        check_dims(_OP, "policies", policies, 3, "[N, B, V]")
+    members = policies.shape[0]
+    if policies.shape != (members, batch, vocabulary):
+        check_shape(_OP, "policies", policies, (members, batch, vocabulary), "[N, B, V]")
+    if (
+        weights.dtype not in FLOATS
+        or weights.shape != (batch, members)
+        or (carried is not None and (carried.dtype not in FLOATS or carried.shape != (batch, members)))
+    ):
+        check_members(_OP, batch, members, weights, carried)
+    if aggregator.dtype != torch.int32 or aggregator.shape != (batch,) or p.dtype not in FLOATS or p.shape != (batch,):
+        check_rule_shapes(_OP, batch, aggregator, p)
+    if min_p.dtype not in FLOATS or min_p.shape != (batch,):
+        check_float(_OP, "min_p", min_p)
+        check_shape(_OP, "min_p", min_p, (batch,), "[B]")
 
 
 def _check_min_p(min_p: torch.Tensor) -> bool:

@@ -8,7 +8,16 @@ from typing import NoReturn
 import torch
 
 from personafast.ops import _backend, philox
-from personafast.ops._library import check_dims, check_dtype, check_float, check_no_grad, check_shape, fail, register
+from personafast.ops._library import (
+    FLOATS,
+    check_dims,
+    check_dtype,
+    check_float,
+    check_no_grad,
+    check_shape,
+    fail,
+    register,
+)
 
 _OP = "verify_draft"
 
@@ -26,25 +35,31 @@ def _validate(
     seeds: torch.Tensor,
     positions: torch.Tensor,
 ) -> None:
+    # Checked in line and explained only when something is wrong: with few rows the checks are a good part of the call.
     if torch.is_grad_enabled():
         check_no_grad(_OP, target_logp, draft_logp)
-    check_dims(_OP, "tokens", tokens, 2, "[B, k]")
-    check_dtype(_OP, "tokens", tokens, torch.int64)
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        check_dims(_OP, "tokens", tokens, 2, "[B, k]")
+        check_dtype(_OP, "tokens", tokens, torch.int64)
     batch, chunk = tokens.shape
-    check_float(_OP, "target_logp", target_logp)
+    if target_logp.dtype not in FLOATS:
+        check_float(_OP, "target_logp", target_logp)
     shape = target_logp.shape
     if len(shape) != 3 or shape[0] != batch or shape[1] != chunk + 1:
         fail(_OP, f"`target_logp` has shape {list(shape)}, expected [B, k + 1, V] with B = {batch}, k = {chunk}")
-    if draft_logp is not None:
+    if draft_logp is not None and (draft_logp.dtype not in FLOATS or draft_logp.shape != (batch, chunk, shape[2])):
         check_float(_OP, "draft_logp", draft_logp)
         check_shape(_OP, "draft_logp", draft_logp, (batch, chunk, shape[2]), "[B, k, V]")
     if shape[2] == 0:
         fail(_OP, f"`target_logp` has shape {list(shape)}, expected at least one token")
-    check_dtype(_OP, "lengths", lengths, torch.int32)
-    check_shape(_OP, "lengths", lengths, (batch,), "[B]")
-    for name, tensor in (("seeds", seeds), ("positions", positions)):
-        check_dtype(_OP, name, tensor, torch.int64)
-        check_shape(_OP, name, tensor, (batch,), "[B]")
+    row = (batch,)
+    if lengths.dtype != torch.int32 or lengths.shape != row:
+        check_dtype(_OP, "lengths", lengths, torch.int32)
+        check_shape(_OP, "lengths", lengths, row, "[B]")
+    if seeds.dtype != torch.int64 or seeds.shape != row or positions.dtype != torch.int64 or positions.shape != row:
+        for name, tensor in (("seeds", seeds), ("positions", positions)):
+            check_dtype(_OP, name, tensor, torch.int64)
+            check_shape(_OP, name, tensor, row, "[B]")
 
 
 def _check_values(tokens: torch.Tensor, lengths: torch.Tensor, vocabulary: int) -> None:

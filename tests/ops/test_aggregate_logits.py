@@ -90,7 +90,7 @@ def test_against_float64(backend, B, N, V, dtype, carry, holes, sparse, signs, o
         out = run(ref, policies, weights, aggregator, min_p, carried)
     expected = by_hand(ref, policies, weights, carried, aggregator, min_p)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=4e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
