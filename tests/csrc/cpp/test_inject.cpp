@@ -19,8 +19,9 @@ static void one(Random& random) {
   Buffer<int32_t> slots(random, rows, -1);
   Buffer<float> scale(random, rows, 0);
   const bool scaled = random.chance(70);
-  hidden.fill(random);
-  bank.fill(random);
+  const double most = random.chance(10) ? 0x1p-125 : 2;  // at times denormal numbers
+  hidden.fill(random, -most, most);
+  bank.fill(random, -most, most);
   fill_slots(random, slots, bank_rows);
   for (int64_t t = 0; t < rows; ++t) scale[t] = static_cast<float>(random.uniform(-3, 3));
   const int64_t wrong = spoil_slots(random, slots, bank_rows);
