@@ -157,7 +157,8 @@ inline uint16_t to_bf16(double value) {
 }
 
 inline uint16_t to_f16(double value) {
-  int exponent;
+  int exponent = 0;
+  if (isinf(value)) return signbit(value) ? 0xfc00 : 0x7c00;
   frexp(value, &exponent);
   const int last = exponent - 11 > -24 ? exponent - 11 : -24;  // the place of the last bit
   const double units = nearbyint(ldexp(fabs(value), -last));
