@@ -36,8 +36,9 @@ static void one(Random& random) {
   bias.fill(random);
   for (int64_t i = 0; i < masks.size(); ++i) masks[i] = mask_word(random);
   for (int64_t p = 0; p < personas; ++p) gamma[p] = static_cast<float>(random.uniform(-1, 1));
-  fill_slots(random, slots, personas);
-  const int64_t wrong = spoil_slots(random, slots, personas);
+  const bool slotless = random.chance(10);
+  fill_slots(random, slots, slotless ? 0 : personas);
+  const int64_t wrong = slotless ? -1 : spoil_slots(random, slots, personas);
 
   const personafast::MaskedLinearArgs args = {out.data(),
                                               x.data(),
@@ -45,7 +46,7 @@ static void one(Random& random) {
                                               weight.data(),
                                               weight.stride(0),
                                               masks.data(),
-                                              slots.data(),
+                                              slotless ? nullptr : slots.data(),
                                               soft ? gamma.data() : nullptr,
                                               biased ? bias.data() : nullptr,
                                               rows,
@@ -90,7 +91,7 @@ static void one(Random& random) {
   personafast::MaskedLinearArgs alone = args;
   alone.out = row.data();
   alone.x = x.at(t, 0);
-  alone.slots = slots.data() + t;
+  alone.slots = slotless ? nullptr : slots.data() + t;
   alone.rows = 1;
   personafast::masked_linear_cpu(alone, 1);
   for (int64_t o = 0; o < outputs; ++o) {
