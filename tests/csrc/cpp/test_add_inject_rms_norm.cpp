@@ -86,4 +86,4 @@ static void one(Random& random) {
   require(normed.bytes() == before, "normed depends on the number of threads");
 }
 
-int main(int argc, char** argv) { return run(argc, argv, 1500, one); }
+int main(int argc, char** argv) { return run(argc, argv, 1000, one); }

@@ -104,4 +104,4 @@ static void one(Random& random) {
   require(out.bytes() == before, "out depends on the number of threads");
 }
 
-int main(int argc, char** argv) { return run(argc, argv, 1000, one); }
+int main(int argc, char** argv) { return run(argc, argv, 600, one); }

@@ -100,4 +100,4 @@ static void one(Random& random) {
   }
 }
 
-int main(int argc, char** argv) { return run(argc, argv, 1500, one); }
+int main(int argc, char** argv) { return run(argc, argv, 1000, one); }
