@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.personafast-installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt .ci/constraints.txt \
   $(shell find csrc triton_kernels -type f -not -name '*.pyc' 2>/dev/null)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # The constraints also pin what pip puts into the isolated build environment: by the first name up to pip 25.2, by the
 # second from 25.3 on.
@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench lint types format clean
+.PHONY: help install demo test test-all sanitize bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,20 @@ demo: $(STAMP) ## Compare every method on the built-in model
 test: $(STAMP) ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
 
-test-all: $(STAMP) ## Run every test, those that train the zoo's models included
+test-all: $(STAMP) sanitize ## Run every test, those that train the zoo's models and the sanitizers included
 	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
 	$(PY) -m pytest --durations=10 $(ARGS)
+
+# Neither torch nor the Python module is needed here, so this target needs no installation.
+$(VENV)/bin/ninja:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet cmake ninja
+
+sanitize: $(VENV)/bin/ninja ## Run the C++ tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	  -DPERSONAFAST_SANITIZE=ON -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
+	$(VENV)/bin/cmake --build build/sanitize
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
 
 bench: $(STAMP) ## Time every kernel and decoding beside named baselines; write docs/performance.md
 	$(PY) -m pytest benchmarks --benchmark-quiet --bench-results benchmarks/results $(ARGS)

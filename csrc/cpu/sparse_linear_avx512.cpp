@@ -148,7 +148,10 @@ struct Sparse {
       const int32_t* bitmap = a.bitmap + o * linear.words + b * (kBlock / kWord);
       const int64_t step = whole ? linear.words : 0;
       Linear<D, false>::fetch_masks(a.bitmap + after * linear.words, b);
-      const bool inside = end - rows[kGroup - 1].next >= (kBlock + kWord) * kBytes<D>;
+      // A row whose bitmap keeps more than the row has may be ahead of the last one.
+      const char* furthest = rows[0].next;
+      for (int r = 1; r < kGroup; ++r) furthest = rows[r].next > furthest ? rows[r].next : furthest;
+      const bool inside = end - furthest >= (kBlock + kWord) * kBytes<D>;
       if (at_once) {
         fetch = inside ? multiply<true>(rows, bitmap, step, b, features, fetch, bytes_per_word)
                        : multiply<false>(rows, bitmap, step, b, features, fetch, bytes_per_word);

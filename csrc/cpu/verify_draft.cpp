@@ -117,7 +117,9 @@ class Rows {
 
   // The first token whose cumulated weight exceeds u times `total`, which is that of sums_.
   int64_t draw(const Residual& from, double total, int64_t row, int64_t kept) {
-    const int64_t position = args_.positions[row] + kept;
+    // Wraps around where positions end, as in torch.
+    const int64_t position =
+        static_cast<int64_t>(static_cast<uint64_t>(args_.positions[row]) + static_cast<uint64_t>(kept));
     double u;
     philox_uniform(&u, args_.seeds + row, &position, args_.sample_stream, 1, 1);
     double before = 0.0, left = 0.0;
