@@ -43,10 +43,13 @@ def fail(op: str, message: str) -> NoReturn:
 
 def check_no_grad(op: str, *tensors: torch.Tensor | None) -> None:
     """Refuse to be differentiated: there is no backward, and a missing one would be silently wrong."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                fail(op, "has no gradient, but an input requires one: use torch.no_grad() or detach the input")
+    if wants_gradient(*tensors):
+        fail(op, "has no gradient, but an input requires one: use torch.no_grad() or detach the input")
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether gradients are on and one of `tensors` requires one."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: Sequence[Any], meaning: str) -> None:

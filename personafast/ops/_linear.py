@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from personafast.ops import _backend
+from personafast.ops._library import wants_gradient
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,8 +62,6 @@ def _serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         return False
     if bias is not None and not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous()):
         return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if wants_gradient(x, weight, bias):
         return False
     return _backend.pick("masked_linear", "cpu") == "cpu"

@@ -17,6 +17,7 @@ from personafast.ops._library import (
     check_slots,
     fail,
     register,
+    wants_gradient,
 )
 from personafast.ops._mask_bits import unpack, unpack_reference, words
 
@@ -114,6 +115,46 @@ def _kernel_refuses(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         return "a weight whose rows are not adjacent in memory (stride(1) must be 1)"
     return None
+
+
+def _serves(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    masks: torch.Tensor,
+    slots: torch.Tensor,
+    gamma: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> bool:
+    """Whether the kernel can be called at once: all that the checks would find is right, and nobody traces the call.
+
+    The dispatcher and the checks one by one take as long as a small layer.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return False
+    shape = masks.shape
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and masks.is_cpu
+        and slots.is_cpu
+        and x.dim() == 2
+        and x.shape[0] <= KERNEL_ROWS
+        and x.dtype in _KERNEL_DTYPES
+        and weight.dtype == x.dtype
+        and weight.dim() == 2
+        and weight.shape[1] == x.shape[1]
+        and len(shape) == 3
+        and shape[1] == weight.shape[0]
+        and shape[2] == words(x.shape[1])
+        and masks.dtype == torch.int32
+        and slots.dtype == torch.int32
+        and slots.shape == x.shape[:1]
+        and _kernel_refuses(x, weight) is None
+        and (gamma is None or (gamma.is_cpu and gamma.dtype == torch.float32 and gamma.shape == shape[:1]))
+        and (bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.shape == shape[1:2]))
+        and not wants_gradient(x, weight, gamma, bias)
+        and _backend.pick("masked_linear", "cpu") == "cpu"
+    )
 
 
 def _run(
@@ -224,4 +265,6 @@ def masked_linear(
         PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a slot is outside
             [-1, P). On a GPU the row of such a slot is dense.
     """
+    if _serves(x, weight, masks, slots, gamma, bias):
+        return _cpp(x, weight, masks, slots, gamma, bias)
     return _op(x, weight, masks, slots, gamma, bias)

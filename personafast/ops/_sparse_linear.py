@@ -15,6 +15,7 @@ from personafast.ops._library import (
     check_shape,
     fail,
     register,
+    wants_gradient,
 )
 from personafast.ops._mask_bits import unpack_reference, words
 
@@ -190,6 +191,41 @@ def _cpp(
     return out
 
 
+def _serves(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bitmap: torch.Tensor,
+    row_offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> bool:
+    """Whether the kernel can be called at once: all that the checks would find is right, and nobody traces the call.
+
+    The dispatcher and the checks one by one take as long as a small layer.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or type(values) is not torch.Tensor:
+        return False
+    shape = bitmap.shape
+    return (
+        x.is_cpu
+        and values.is_cpu
+        and bitmap.is_cpu
+        and row_offsets.is_cpu
+        and x.dim() == 2
+        and len(shape) == 2
+        and shape[1] == words(x.shape[1])
+        and x.dtype in _KERNEL_DTYPES
+        and values.dtype == x.dtype
+        and bitmap.dtype == torch.int32
+        and row_offsets.dtype == torch.int64
+        and row_offsets.shape == (shape[0] + 1,)
+        and values.dim() == 1
+        and _kernel_refuses(values, bitmap, row_offsets) is None
+        and (bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.shape == (shape[0],)))
+        and not wants_gradient(x, values, bias)
+        and _backend.pick("sparse_linear", "cpu") == "cpu"
+    )
+
+
 def _run(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -276,4 +312,6 @@ def sparse_linear(
             `row_offsets` fall or leave `values`. A bitmap that keeps more than its row of `values` has gives a wrong
             result, but nothing outside `values` is read.
     """
+    if _serves(x, values, bitmap, row_offsets, bias):
+        return _cpp(x, values, bitmap, row_offsets, bias)
     return _sparse(x, values, bitmap, row_offsets, bias)
