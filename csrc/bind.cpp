@@ -13,6 +13,7 @@
 #include "personafast/mask_bits.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
+#include "personafast/rms_norm.h"
 #include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
@@ -165,6 +166,11 @@ int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t we
                                  static_cast<Dtype>(dtype)};
   py::gil_scoped_release released;
   return masked_linear_cpu(args, threads);
+}
+
+void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t width, int dtype) {
+  py::gil_scoped_release released;
+  rms_norm_cpu({at<void>(out), at<const void>(x), at<const void>(weight), eps, rows, width, static_cast<Dtype>(dtype)});
 }
 
 int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
@@ -320,6 +326,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
+  module.def("rms_norm", &rms_norm, "personafast/rms_norm.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
   module.def("steer_", &steer, "personafast/steer.h");

@@ -20,7 +20,9 @@ from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
 from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
+from personafast.models.norms import find_norms
 from personafast.models.rows import NOBODY, RowSlots, TokenSlots
+from personafast.ops._rms_norm import serves
 
 
 def _is_stock(linear: nn.Module) -> bool:
@@ -34,6 +36,14 @@ def _plain(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     weight = parameters["weight"]
     assert weight is not None
     return ops.linear(x, weight, parameters["bias"])
+
+
+def _norm(norm: nn.Module, eps: str, x: torch.Tensor) -> Any:
+    weight = norm._parameters["weight"]
+    assert weight is not None
+    if serves(x, weight):
+        return ops.rms_norm(x, weight, norm.__dict__[eps])
+    return type(norm).forward(norm, x)
 
 
 class Patch:
@@ -67,6 +77,9 @@ class Patch:
         if head is not None and _is_stock(head) and head not in self._patched:
             self._patched[head] = None
             head.forward = functools.partial(_plain, head)
+        for norm, eps in find_norms(self.model):
+            self._patched[norm] = None
+            norm.forward = functools.partial(_norm, norm, eps)
 
     def remove(self) -> bool:
         """Take everything out again; the model is as it was, bit for bit.

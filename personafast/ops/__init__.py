@@ -15,6 +15,7 @@ from personafast.ops._linear import linear
 from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
+from personafast.ops._rms_norm import rms_norm
 from personafast.ops._sparse_linear import compress, sparse_linear
 from personafast.ops._steer import SteerMode, steer_
 from personafast.ops._token_logprobs import token_logprobs
@@ -37,6 +38,7 @@ __all__ = [
     "masked_linear",
     "pack_mask",
     "philox",
+    "rms_norm",
     "sparse_linear",
     "steer_",
     "token_logprobs",
