@@ -8,6 +8,7 @@ from helpers import tiny
 
 import personafast as pf
 from personafast.errors import PersonafastError, UnsupportedModelError
+from personafast.models import patch
 
 MASKED = pf.Persona(mask="introvert")
 
@@ -147,8 +148,8 @@ def test_a_deep_copy_of_an_attached_model_has_weights_of_its_own(net, library, i
 def test_every_plain_linear_and_the_head_run_on_our_kernel(net, library, ids, monkeypatch):
     pytest.importorskip("personafast._C")
     seen = []
-    linear = pf.models.patch.ops.linear
-    monkeypatch.setattr(pf.models.patch.ops, "linear", lambda x, w, b=None: (seen.append(id(w)), linear(x, w, b))[1])
+    linear = patch.ops.linear
+    monkeypatch.setattr(patch.ops, "linear", lambda x, w, b=None: (seen.append(id(w)), linear(x, w, b))[1])
     with pf.attach(net, library):
         net(ids)
     linears = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]

@@ -6,6 +6,7 @@ from helpers import tiny
 from torch import nn
 
 import personafast as pf
+from personafast.models import patch
 from personafast.models.norms import find_norms
 
 
@@ -46,8 +47,8 @@ def test_a_norm_that_computes_something_else_is_left_alone(thing):
 def test_attach_uses_it_and_detach_takes_it_out(net, library, monkeypatch):
     pytest.importorskip("personafast._C")
     ids, seen = torch.arange(3, 9)[None], []
-    rms_norm = pf.models.patch.ops.rms_norm
-    monkeypatch.setattr(pf.models.patch.ops, "rms_norm", lambda *a: (seen.append(1), rms_norm(*a))[1])
+    rms_norm = patch.ops.rms_norm
+    monkeypatch.setattr(patch.ops, "rms_norm", lambda *a: (seen.append(1), rms_norm(*a))[1])
     plain = net(ids).logits
     with pf.attach(net, library):
         found = net(ids).logits
