@@ -13,7 +13,7 @@ _OP = "token_logprobs"
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Up to here the C++ kernel, bound by reading the head, wins; above, the matrix product of the BLAS.
-KERNEL_ROWS = 64
+KERNEL_ROWS = 128
 
 # Logits of the torch form alive at one time, in elements: 64 MiB of fp32.
 BLOCK_LOGITS = 1 << 24
@@ -210,7 +210,7 @@ def token_logprobs(
     """Log probability of one token a row, without holding the [T, V] logits.
 
     l = logit_scale (lm_head hidden[t] + bias); l = softcap tanh(l / softcap) if softcap > 0; the result is
-    log_softmax(l / temperature[t])[tokens[t]] in fp32. On a CPU and up to 64 rows a C++ kernel keeps a running maximum
+    log_softmax(l / temperature[t])[tokens[t]] in fp32. On a CPU and up to 128 rows a C++ kernel keeps a running maximum
     and sum of exponentials for each of 64 parts of the vocabulary: fp32 logits that are never stored, O(T) extra
     memory. More rows take a matrix product, with at most 64 MiB of logits alive at a time.
 
