@@ -50,11 +50,13 @@ $(VENV)/bin/ninja:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet cmake ninja
 
-sanitize: $(VENV)/bin/ninja ## Run the C++ tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	  -DPERSONAFAST_SANITIZE=ON -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
-	$(VENV)/bin/cmake --build build/sanitize
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
+sanitize: sanitize-address sanitize-thread ## Run the C++ tests of the kernels under the sanitizers: address and undefined, then thread
+
+sanitize-%: $(VENV)/bin/ninja
+	$(VENV)/bin/cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	  -DPERSONAFAST_SANITIZE=$* -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
+	$(VENV)/bin/cmake --build build/sanitize-$*
+	$(VENV)/bin/ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
 
 bench: $(STAMP) ## Time every kernel and decoding beside named baselines; write docs/performance.md
 	$(PY) -m pytest benchmarks --benchmark-quiet --bench-results benchmarks/results $(ARGS)
