@@ -17,7 +17,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Idle OpenMP threads sleep: spinning ones take the cores from each other on small machines.
+# Idle threads of torch (OpenMP) sleep: spinning ones take the cores from each other on small machines.
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
