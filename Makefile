@@ -17,7 +17,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Idle OpenMP threads sleep: spinning ones take the cores from each other on small machines.
+# Idle threads of torch (OpenMP) sleep: spinning ones take the cores from each other on small machines.
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
@@ -50,11 +50,13 @@ $(VENV)/bin/ninja:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet cmake ninja
 
-sanitize: $(VENV)/bin/ninja ## Run the C++ tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	  -DPERSONAFAST_SANITIZE=ON -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
-	$(VENV)/bin/cmake --build build/sanitize
-	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
+sanitize: sanitize-address sanitize-thread ## Run the C++ tests of the kernels under the sanitizers: address and undefined, then thread
+
+sanitize-%: $(VENV)/bin/ninja
+	$(VENV)/bin/cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	  -DPERSONAFAST_SANITIZE=$* -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
+	$(VENV)/bin/cmake --build build/sanitize-$*
+	$(VENV)/bin/ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
 
 bench: $(STAMP) ## Time every kernel and decoding beside named baselines; write docs/performance.md
 	$(PY) -m pytest benchmarks --benchmark-quiet --bench-results benchmarks/results $(ARGS)

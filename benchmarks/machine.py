@@ -1,4 +1,4 @@
-"""What the figures were measured on: hardware, versions, commit, and the waiting of OpenMP's threads."""
+"""What the figures were measured on: hardware, versions, commit, and the waiting of torch's OpenMP threads."""
 
 from __future__ import annotations
 
