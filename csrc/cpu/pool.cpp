@@ -20,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kDefaultSpin = 100;
+constexpr int64_t kDefaultSpin = 200;
 constexpr int64_t kMostSpin = 1000000000;
 
 // The state of the pool in one word, so that a worker joins a call and the caller closes it in one step each: how many

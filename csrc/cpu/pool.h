@@ -12,7 +12,7 @@ namespace personafast {
 // What a part throws is thrown here, once no part runs any more; parts that nobody had begun are left out, and of
 // several exceptions one is kept.
 //
-// Between calls a worker watches for the next for PERSONAFAST_SPIN_US microseconds (100 unless set; 0 never watches)
+// Between calls a worker watches for the next for PERSONAFAST_SPIN_US microseconds (200 unless set; 0 never watches)
 // before it sleeps: waking a sleeping thread takes some 40 us, as long as reading a megabyte, and a model calls several
 // times a millisecond. A worker that comes too late for a call does not delay it, and one that a call has no part for
 // is not woken. Throws std::runtime_error if PERSONAFAST_SPIN_US is no such number.
