@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from personafast.ops import _backend
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Of any other class the bytes at data_ptr() are not the tensor: quantised weights (torchao), DTensor, fake tensors.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 # Rows up to which the kernel beat F.linear at every shape tried, 128 x 896 to 32000 x 2048 (docs/kernels.md).
 KERNEL_ROWS = {torch.float32: 64, torch.bfloat16: 64, torch.float16: 512}
@@ -17,7 +21,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """y = x weight^T + bias, as `torch.nn.functional.linear`, which takes whatever the kernel does not.
 
     The kernel (that of `masked_linear`, without masks) takes up to 64 rows of fp32 or bf16 and 512 of fp16 on a CPU,
-    outside `torch.compile` and where no gradient is wanted: for few rows its time is that of reading the weight. Sums
+    outside `torch.compile`, autocast, tracing and torch.func and where no gradient is wanted: for few rows its time is
+    that of reading the weight. Sums
     are in fp32 and rounded once, a row's in one order whatever else is in the batch. With `use_backend("reference")` it
     is F.linear.
 
@@ -53,16 +58,35 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if not (x.is_cpu and weight.is_cpu and type(x) is torch.Tensor and x.is_contiguous()):
+    if not (x.is_cpu and weight.is_cpu and type(x) is torch.Tensor and type(weight) in _PLAIN and x.is_contiguous()):
         return False
-    if weight.dtype != x.dtype or weight.dim() != 2 or weight.stride(1) != 1 or x.shape[-1] != weight.shape[1]:
+    if _watched():
         return False
-    if weight.shape[1] == 0:
+    if weight.dtype != x.dtype or weight.dim() != 2 or weight.layout is not torch.strided or weight.stride(1) != 1:
         return False
-    if bias is not None and not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous()):
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
         return False
+    if bias is not None:
+        if not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous() and type(bias) in _PLAIN):
+            return False
+        if bias.shape != weight.shape[:1]:  # F.linear spreads some of these, and refuses the others
+            return False
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return False
     return _backend.pick("masked_linear", "cpu") == "cpu"
+
+
+def _watched() -> bool:
+    """Whether somebody has to see an operator of torch: what the kernel writes through a pointer, nobody does.
+
+    That is autocast, tracing (torch.jit.trace, make_fx), counting FLOPs, torch.func and forward-mode gradients.
+    """
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
