@@ -80,6 +80,20 @@ def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device)
         fail(op, f"`{name}` is on {tensor.device}, expected {device} as the first argument")
 
 
+def check_devices(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Every one of `tensors` must be on `device`: a kernel would take an address of another one for its own."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            check_device(op, name, tensor, device)
+
+
+def check_rows_apart(op: str, name: str, tensor: torch.Tensor) -> None:
+    """The rows of a matrix that is written must not share memory, as those of an expanded one do."""
+    rows, width = tensor.shape
+    if rows > 1 and width > 0 and tensor.stride(0) < width and tensor.stride(1) <= 1:
+        fail(op, f"`{name}` has rows that overlap in memory (strides {list(tensor.stride())}); clone it first")
+
+
 def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any) -> None:
     """`slots` must be int32 [T]."""
     check_dtype(op, name, slots, torch.int32)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from personafast.ops import _backend
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
@@ -55,6 +56,7 @@ def _validate(
     if bias is not None:
         check_dtype(op, "bias", bias, x.dtype)
         check_shape(op, "bias", bias, (weight.shape[0],), "[O]")
+    check_devices(op, x.device, weight=weight, masks=masks, slots=slots, gamma=gamma, bias=bias)
 
 
 def reference(
@@ -72,9 +74,11 @@ def reference(
     for slot in range(masks.shape[0]):
         rows = (slots == slot).nonzero()[:, 0]
         if rows.numel():
-            kept = unpack_reference(masks[slot], x.shape[1]).to(wide)
-            gate = kept if gamma is None else kept + gamma[slot].to(wide) * (1 - kept)
-            y = F.linear(x[rows].to(wide), weight.to(wide) * gate, None if bias is None else bias.to(wide))
+            kept = unpack_reference(masks[slot], x.shape[1])
+            full = weight.to(wide)
+            left = full.new_zeros(()) if gamma is None else full * gamma[slot].to(wide)
+            masked = torch.where(kept, full, left)
+            y = F.linear(x[rows].to(wide), masked, None if bias is None else bias.to(wide))
             out[rows] = y.to(x.dtype)
     return out
 
@@ -99,7 +103,7 @@ def _grouped(
         if 0 <= slot < masks.shape[0]:
             kept = unpack(masks[slot], x.shape[1])
             if gamma is None:
-                masked = weight * kept
+                masked = torch.where(kept, weight, weight.new_zeros(()))
             else:
                 masked = torch.where(kept, weight, (weight * gamma[slot]).to(weight.dtype))
         if len(groups) == 1:
@@ -206,8 +210,9 @@ def masked_linear(
     """A linear layer in which every row of the batch sees its own persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * (m + gamma[s] (1 - m))) x[t] + bias with s = slots[t] and m = masks[s]; s = -1 is the dense layer.
-    Sums are in fp32 and rounded once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and
-    persona; more rows are grouped by mask, one matrix product a distinct mask.
+    Without gamma a masked-out weight takes no part at all: it may be infinite or NaN. Sums are in fp32 and rounded
+    once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and persona; more rows are
+    grouped by mask, one matrix product a distinct mask.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.
