@@ -99,6 +99,7 @@ class PersonaHandle:
         self._tokenizer = tokenizer
         self._patch = patch
         self._only_mask = only_mask
+        self._kept = None if only_mask is None else library.masks[only_mask]
         self._prompts: SystemPrompts | None = None
         self._mask_slots: dict[str, int] = {}
         self._adapter_names: list[str] = []
@@ -266,6 +267,11 @@ class PersonaHandle:
         if self._seen == self.library.version:
             return
         self.library.check(self._patch.parts)
+        if self._only_mask is not None and self.library.masks[self._only_mask] is not self._kept:
+            raise PersonafastError(
+                f"masks[{self._only_mask!r}]: another mask now, but only the weights of the one before were kept "
+                "(keep_dense=False); load the model again and attach"
+            )
         self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
         self._adapter_names = sorted(self.library.policies)
         self._merged = {}

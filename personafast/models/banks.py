@@ -52,7 +52,9 @@ class VectorBank:
     def _bank(self, block: int) -> torch.Tensor:
         if block not in self._banks:
             dtype, device = home(self._blocks[block])
-            self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+            # No inference tensor, whatever mode the first call is made in: later ones may be made in another.
+            with torch.inference_mode(False):
+                self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
         return self._banks[block]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from personafast import ops
+from personafast.errors import UnsupportedModelError
 
 
 def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -17,7 +18,13 @@ def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
         return compressed.values.dtype, compressed.values.device
     parameter = next((p for p in module.parameters() if not p.is_meta), None)
     if parameter is None:
-        return next(home(part) for part in module.modules() if "_personafast_compressed" in part.__dict__)
+        part = next((part for part in module.modules() if "_personafast_compressed" in part.__dict__), None)
+        if part is None:
+            raise UnsupportedModelError(
+                f"model: no weight of a {type(module).__name__} is in memory (meta: offloaded or not loaded); vectors "
+                "and policies need a model that is loaded whole"
+            )
+        return home(part)
     return parameter.dtype if parameter.is_floating_point() else torch.bfloat16, parameter.device
 
 
@@ -45,9 +52,11 @@ class CompressedWeight:
         """Give the linear a dense weight again: what was kept, and zeros for what is gone."""
         missing = linear.weight
         assert isinstance(missing, nn.Parameter)
-        weight = torch.zeros(missing.shape, dtype=self.values.dtype, device=self.values.device)
-        weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values
-        linear.weight = nn.Parameter(weight, requires_grad=self.requires_grad)
+        # In the dtype that model.to() has given its stand-in since, and no inference tensor: it may be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = torch.zeros(missing.shape, dtype=missing.dtype, device=self.values.device)
+            weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values.to(missing.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=self.requires_grad)
         del linear.__dict__["_personafast_compressed"]
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -30,20 +30,21 @@ def _is_stock(linear: nn.Module) -> bool:
     return type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__
 
 
-def _plain(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _plain(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name for it
     # Straight from the dictionary: nn.Module's attribute lookup costs as much as a small layer's share of the memory.
     parameters = linear._parameters
-    weight = parameters["weight"]
-    assert weight is not None
-    return ops.linear(x, weight, parameters["bias"])
+    weight = parameters.get("weight")
+    if weight is None or "bias" not in parameters:  # pruned or parametrised: made anew from other parameters
+        layer: Any = linear
+        return ops.linear(input, layer.weight, layer.bias)
+    return ops.linear(input, weight, parameters["bias"])
 
 
-def _norm(norm: nn.Module, eps: str, x: torch.Tensor) -> Any:
-    weight = norm._parameters["weight"]
-    assert weight is not None
-    if serves(x, weight):
-        return ops.rms_norm(x, weight, norm.__dict__[eps])
-    return type(norm).forward(norm, x)
+def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor) -> Any:
+    weight = norm._parameters.get("weight")
+    if weight is not None and serves(hidden_states, weight):
+        return ops.rms_norm(hidden_states, weight, norm.__dict__[eps])
+    return type(norm).forward(norm, hidden_states)
 
 
 class Patch:
@@ -59,7 +60,8 @@ class Patch:
         self._now: dict[str, TokenSlots] = {}
         self._shape = (0, 0)
         self._hooks: list[Any] = []
-        self._patched: dict[nn.Module, Any] = {}
+        # Linear -> the forward it had of its own, if any, and ours.
+        self._patched: dict[nn.Module, tuple[Any, Any]] = {}
 
     def install(self) -> None:
         """Hook the blocks, and let the plain linears read their weights by our kernels.
@@ -75,11 +77,9 @@ class Patch:
                 self._patch_linear(path)
         head = self.parts.head
         if head is not None and _is_stock(head) and head not in self._patched:
-            self._patched[head] = None
-            head.forward = functools.partial(_plain, head)
+            self._replace_forward(head, functools.partial(_plain, head))
         for norm, eps in find_norms(self.model):
-            self._patched[norm] = None
-            norm.forward = functools.partial(_norm, norm, eps)
+            self._replace_forward(norm, functools.partial(_norm, norm, eps))
 
     def remove(self) -> bool:
         """Take everything out again; the model is as it was, bit for bit.
@@ -90,7 +90,9 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for linear, previous in self._patched.items():
+        for linear, (previous, ours) in self._patched.items():
+            if linear.__dict__.get("forward") is not ours:
+                continue  # somebody else has wrapped it since; without personas it is the plain linear inside theirs
             if previous is None:
                 del linear.forward
             else:
@@ -123,6 +125,12 @@ class Patch:
             UnsupportedModelError: a weight is quantised, transposed or also that of another module; nothing is freed.
         """
         self._check_maskable(words)
+        for path in words:
+            if self.parts.linears[path]._parameters.get("weight") is None:
+                raise UnsupportedModelError(
+                    f"keep_dense: the weight of {path} is computed from other parameters (pruned or parametrised), "
+                    "which would stay; make it a parameter of its own or use keep_dense=True"
+                )
         owners = Counter(id(parameter) for part in self.model.modules() for parameter in part._parameters.values())
         for path in words:
             if owners[id(self.parts.linears[path].weight)] > 1:
@@ -142,6 +150,15 @@ class Patch:
                 raise UnsupportedModelError(
                     f"masks: {path} is {type(linear).__name__} of {weight.dtype}; masks need nn.Linear in "
                     "fp32, bf16 or fp16"
+                )
+            if type(weight) not in (torch.Tensor, nn.Parameter):
+                raise UnsupportedModelError(
+                    f"masks: the weight of {path} is a {type(weight).__name__}; masks need a plain tensor"
+                )
+            if weight.is_meta:
+                raise UnsupportedModelError(
+                    f"masks: the weight of {path} is not in memory (meta: offloaded or not loaded); load the "
+                    "model whole"
                 )
 
     def set_adapters(self, adapters: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> None:
@@ -215,12 +232,20 @@ class Patch:
         if linear in self._patched:
             return
         plain = functools.partial(_plain, linear) if _is_stock(linear) else linear.forward
-        self._patched[linear] = linear.__dict__.get("forward")
-        linear.forward = functools.partial(self._linear, path, linear, plain)
+        self._replace_forward(linear, functools.partial(self._linear, path, linear, plain))
+
+    def _replace_forward(self, linear: nn.Module, forward: Any) -> None:
+        self._patched[linear] = (linear.__dict__.get("forward"), forward)
+        linear.forward = forward
 
     def _linear(
-        self, path: str, linear: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+        self,
+        path: str,
+        linear: nn.Module,
+        plain: Callable[[torch.Tensor], torch.Tensor],
+        input: torch.Tensor,  # noqa: A002 - nn.Linear's name for it
     ) -> torch.Tensor:
+        x = input
         compressed = self.compressed.get(path)
         if compressed is not None:
             out: torch.Tensor | None = compressed(x, linear._parameters["bias"])

@@ -6,6 +6,7 @@ import torch
 
 from personafast.ops import _backend
 from personafast.ops._library import (
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
@@ -48,6 +49,7 @@ def _validate(
     if weight.dtype != update.dtype and weight.dtype != torch.float32:
         check_dtype(op, "weight", weight, update.dtype, torch.float32)
     check_shape(op, "weight", weight, (width,), "[H]")
+    check_devices(op, update.device, residual=residual, bank=bank, slots=slots, scale=scale, weight=weight)
     if not eps >= 0:
         fail(op, f"`eps` is {eps}, expected 0 or more")
 

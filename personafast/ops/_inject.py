@@ -6,10 +6,12 @@ import torch
 
 from personafast.ops import _backend
 from personafast.ops._library import (
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
     check_no_grad,
+    check_rows_apart,
     check_shape,
     check_slot_range,
     check_slots,
@@ -33,6 +35,7 @@ def _validate(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, sca
     if scale is not None:
         check_dtype("inject_", "scale", scale, torch.float32)
         check_shape("inject_", "scale", scale, (rows,), "[T]")
+    check_devices("inject_", hidden.device, bank=bank, slots=slots, scale=scale)
 
 
 def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
@@ -50,6 +53,7 @@ def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, sca
 
 def _run(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     _validate(hidden, bank, slots, scale)
+    check_rows_apart("inject_", "hidden", hidden)
     backend = _backend.pick("inject_", hidden.device.type)
     if backend == "cpu":
         kind = _KERNEL_DTYPES.get(hidden.dtype)

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from personafast.errors import PersonafastError
 from personafast.ops import _backend
 
 # A module-level Library lives as long as the process. Not torch.library.custom_op: that costs 15 to 60 us a call.
 _LIBRARY = torch.library.Library("personafast", "DEF")
+
+# Of any other class the bytes at data_ptr() are not the tensor: quantised weights (torchao), DTensor, fake tensors.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,6 +56,22 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def watched() -> bool:
+    """Whether somebody has to see an operator of torch: what the kernel writes through a pointer, nobody does.
+
+    That is torch.compile, autocast, tracing (torch.jit.trace, make_fx), counting FLOPs, torch.func and forward-mode
+    gradients.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: Sequence[Any], meaning: str) -> None:
     """`tensor` must have exactly `shape`; `meaning` spells the shape in letters, as "[T, H]"."""
     if tuple(tensor.shape) != tuple(shape):
@@ -81,6 +101,20 @@ def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device)
     """`tensor` must be on `device`, where the first argument is."""
     if tensor.device != device:
         fail(op, f"`{name}` is on {tensor.device}, expected {device} as the first argument")
+
+
+def check_devices(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Every one of `tensors` must be on `device`: a kernel would take an address of another one for its own."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            check_device(op, name, tensor, device)
+
+
+def check_rows_apart(op: str, name: str, tensor: torch.Tensor) -> None:
+    """The rows of a matrix that is written must not share memory, as those of an expanded one do."""
+    rows, width = tensor.shape
+    if rows > 1 and width > 0 and tensor.stride(0) < width and tensor.stride(1) <= 1:
+        fail(op, f"`{name}` has rows that overlap in memory (strides {list(tensor.stride())}); clone it first")
 
 
 def check_slots(op: str, name: str, slots: torch.Tensor, rows: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from personafast.ops import _backend
-from personafast.ops._library import wants_gradient
+from personafast.ops._library import PLAIN, wants_gradient, watched
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -18,9 +18,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """y = x weight^T + bias, as `torch.nn.functional.linear`, which takes whatever the kernel does not.
 
     The kernel (that of `masked_linear`, without masks) takes up to 64 rows of fp32 or bf16 and 512 of fp16 on a CPU,
-    outside `torch.compile` and where no gradient is wanted: for few rows its time is that of reading the weight. Sums
-    are in fp32 and rounded once, a row's in one order whatever else is in the batch. With `use_backend("reference")` it
-    is F.linear.
+    outside `torch.compile`, autocast, tracing and torch.func and where no gradient is wanted: for few rows its time is
+    that of reading the weight. Sums are in fp32 and rounded once, a row's in one order whatever else is in the batch.
+    With `use_backend("reference")` it is F.linear.
 
     Args:
         x: [..., I].
@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         [..., O].
     """
     kind = _KERNEL_DTYPES.get(x.dtype)
-    if kind is None or torch.compiler.is_compiling() or not _serves(x, weight, bias):
+    if kind is None or not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
     outputs, features = weight.shape
     rows = x.numel() // features
@@ -54,14 +54,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _serves(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    if not (x.is_cpu and weight.is_cpu and type(x) is torch.Tensor and x.is_contiguous()):
+    if not (x.is_cpu and weight.is_cpu and type(x) is torch.Tensor and type(weight) in PLAIN and x.is_contiguous()):
         return False
-    if weight.dtype != x.dtype or weight.dim() != 2 or weight.stride(1) != 1 or x.shape[-1] != weight.shape[1]:
+    if watched():
         return False
-    if weight.shape[1] == 0:
+    if weight.dtype != x.dtype or weight.dim() != 2 or weight.layout is not torch.strided or weight.stride(1) != 1:
         return False
-    if bias is not None and not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous()):
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
         return False
+    if bias is not None:
+        if not (bias.is_cpu and bias.dtype == x.dtype and bias.is_contiguous() and type(bias) in PLAIN):
+            return False
+        if bias.shape != weight.shape[:1]:  # F.linear spreads some of these, and refuses the others
+            return False
     if wants_gradient(x, weight, bias):
         return False
     return _backend.pick("masked_linear", "cpu") == "cpu"

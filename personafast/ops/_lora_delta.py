@@ -7,10 +7,12 @@ import torch
 from personafast.ops import _backend
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
     check_no_grad,
+    check_rows_apart,
     check_shape,
     check_slot_range,
     check_slots,
@@ -68,6 +70,7 @@ def _validate(
     if ranks.dtype != torch.int32 or ranks.shape != (adapters,):
         check_dtype(op, "ranks", ranks, torch.int32)
         check_shape(op, "ranks", ranks, (adapters,), "[M]")
+    check_devices(op, x.device, out=out, A=A, B=B, slots=slots, scale=scale, ranks=ranks)
 
 
 def reference(
@@ -203,6 +206,7 @@ def _run(
     ranks: torch.Tensor,
 ) -> None:
     _validate(out, x, A, B, slots, scale, ranks)
+    check_rows_apart("lora_delta_", "out", out)
     backend = _backend.pick("lora_delta_", x.device.type)
     if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)

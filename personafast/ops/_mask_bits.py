@@ -35,7 +35,9 @@ def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     """`unpack_reference` through bytes: a quarter of its traffic. Needs a little-endian machine."""
     if not _LITTLE:
         return unpack_reference(packed, features)
-    octets = packed.contiguous().view(torch.uint8)
+    if not packed.is_contiguous() or packed.stride(-1) != 1:  # one word a row is contiguous at any stride
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    octets = packed.view(torch.uint8)
     bits = (octets[..., None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
     return bits.flatten(-2)[..., :features].view(torch.bool)
 

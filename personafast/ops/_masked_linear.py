@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from personafast.ops import _backend
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
+    PLAIN,
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
@@ -18,6 +20,7 @@ from personafast.ops._library import (
     fail,
     register,
     wants_gradient,
+    watched,
 )
 from personafast.ops._mask_bits import unpack, unpack_reference, words
 
@@ -56,6 +59,7 @@ def _validate(
     if bias is not None:
         check_dtype(op, "bias", bias, x.dtype)
         check_shape(op, "bias", bias, (weight.shape[0],), "[O]")
+    check_devices(op, x.device, weight=weight, masks=masks, slots=slots, gamma=gamma, bias=bias)
 
 
 def reference(
@@ -73,9 +77,11 @@ def reference(
     for slot in range(masks.shape[0]):
         rows = (slots == slot).nonzero()[:, 0]
         if rows.numel():
-            kept = unpack_reference(masks[slot], x.shape[1]).to(wide)
-            gate = kept if gamma is None else kept + gamma[slot].to(wide) * (1 - kept)
-            y = F.linear(x[rows].to(wide), weight.to(wide) * gate, None if bias is None else bias.to(wide))
+            kept = unpack_reference(masks[slot], x.shape[1])
+            full = weight.to(wide)
+            left = full.new_zeros(()) if gamma is None else full * gamma[slot].to(wide)
+            masked = torch.where(kept, full, left)
+            y = F.linear(x[rows].to(wide), masked, None if bias is None else bias.to(wide))
             out[rows] = y.to(x.dtype)
     return out
 
@@ -100,7 +106,7 @@ def _grouped(
         if 0 <= slot < masks.shape[0]:
             kept = unpack(masks[slot], x.shape[1])
             if gamma is None:
-                masked = weight * kept
+                masked = torch.where(kept, weight, weight.new_zeros(()))
             else:
                 masked = torch.where(kept, weight, (weight * gamma[slot]).to(weight.dtype))
         if len(groups) == 1:
@@ -129,7 +135,7 @@ def _serves(
 
     The dispatcher and the checks one by one take as long as a small layer.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+    if type(x) is not torch.Tensor or type(weight) not in PLAIN or type(bias) not in (*PLAIN, type(None)) or watched():
         return False
     shape = masks.shape
     return (
@@ -247,8 +253,9 @@ def masked_linear(
     """A linear layer in which every row of the batch sees its own persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * (m + gamma[s] (1 - m))) x[t] + bias with s = slots[t] and m = masks[s]; s = -1 is the dense layer.
-    Sums are in fp32 and rounded once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and
-    persona; more rows are grouped by mask, one matrix product a distinct mask.
+    Without gamma a masked-out weight takes no part at all: it may be infinite or NaN. Sums are in fp32 and rounded
+    once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and persona; more rows are
+    grouped by mask, one matrix product a distinct mask.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from personafast.ops import _backend
-from personafast.ops._library import wants_gradient
+from personafast.ops._library import PLAIN, wants_gradient, watched
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -43,10 +43,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel takes this call."""
     return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
+        x.is_cpu
         and weight.is_cpu
         and type(x) is torch.Tensor
+        and type(weight) in PLAIN
+        and not watched()
         and x.dtype in _KERNEL_DTYPES
         and x.is_contiguous()
         and 0 < x.numel() <= KERNEL_NUMBERS

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from personafast.ops import _backend
 from personafast.ops._library import (
+    PLAIN,
     check_device,
     check_dims,
     check_dtype,
@@ -16,6 +17,7 @@ from personafast.ops._library import (
     fail,
     register,
     wants_gradient,
+    watched,
 )
 from personafast.ops._mask_bits import unpack_reference, words
 
@@ -202,7 +204,7 @@ def _serves(
 
     The dispatcher and the checks one by one take as long as a small layer.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or type(values) is not torch.Tensor:
+    if type(x) is not torch.Tensor or type(values) not in PLAIN or type(bias) not in (*PLAIN, type(None)) or watched():
         return False
     shape = bitmap.shape
     return (

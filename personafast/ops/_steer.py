@@ -8,10 +8,12 @@ import torch
 
 from personafast.ops import _backend
 from personafast.ops._library import (
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
     check_no_grad,
+    check_rows_apart,
     check_shape,
     check_slot_range,
     check_slots,
@@ -61,6 +63,7 @@ def _validate(
     if scale is not None:
         check_dtype("steer_", "scale", scale, torch.float32)
         check_shape("steer_", "scale", scale, (rows,), "[T]")
+    check_devices("steer_", hidden.device, directions=directions, slots=slots, mode=mode, params=params, scale=scale)
 
 
 def _check_modes(slots: torch.Tensor, mode: torch.Tensor) -> None:
@@ -122,6 +125,7 @@ def _run(
     scale: torch.Tensor | None = None,
 ) -> None:
     _validate(hidden, directions, slots, mode, params, scale)
+    check_rows_apart("steer_", "hidden", hidden)
     if _backend.pick("steer_", hidden.device.type) == "cpu":
         kind = _KERNEL_DTYPES.get(hidden.dtype)
         if kind is None:

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from personafast.ops import _backend
-from personafast.ops._library import check_dims, check_dtype, check_float, check_no_grad, check_shape, fail, register
+from personafast.ops._library import (
+    check_devices,
+    check_dims,
+    check_dtype,
+    check_float,
+    check_no_grad,
+    check_shape,
+    fail,
+    register,
+)
 
 _OP = "token_logprobs"
 
@@ -42,7 +51,8 @@ def _validate(
     if bias is not None:
         check_dtype(_OP, "bias", bias, hidden.dtype)
         check_shape(_OP, "bias", bias, (lm_head.shape[0],), "[V]")
-    if softcap < 0:
+    check_devices(_OP, hidden.device, lm_head=lm_head, tokens=tokens, temperature=temperature, bias=bias)
+    if not softcap >= 0:
         fail(_OP, f"`softcap` is {softcap:g}, expected 0 (none) or more")
 
 

@@ -157,3 +157,25 @@ def test_every_plain_linear_and_the_head_run_on_our_kernel(net, library, ids, mo
     seen.clear()
     net(ids)
     assert seen == []
+
+
+@torch.no_grad()
+def test_a_mask_put_in_the_place_of_the_one_that_was_kept_is_refused(net, library, ids):
+    handle = pf.attach(net, library, keep_dense=False)
+    mask = library.masks["introvert"]
+    library.add_mask("other", mask)
+    tokens(net, ids, custom_generate=handle.generate, personas=MASKED)
+    library.add_mask("introvert", copy.deepcopy(mask))
+    with pytest.raises(PersonafastError, match=r"masks\['introvert'\]: another mask now.*keep_dense=False"):
+        net(ids, personas=[MASKED] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:detach")
+def test_what_detach_puts_back_is_of_the_models_dtype_and_may_be_trained(net, library, ids):
+    handle = pf.attach(net, library, keep_dense=False)
+    net.to(torch.bfloat16)
+    with torch.inference_mode():
+        handle.detach()
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    net(ids).logits.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from helpers import tiny
 
 import personafast as pf
+from personafast.errors import UnsupportedModelError
 from personafast.masks import PersonaMask
 from personafast.models.anatomy import anatomy
 from personafast.models.banks import VectorBank
@@ -118,3 +120,64 @@ def test_linears_that_a_mask_does_not_name_stay_dense_beside_a_mask_that_does(ne
             ids, custom_generate=handle.generate, personas=[pf.Persona(mask=name) for name in parts], **options
         )
     assert torch.equal(found, torch.stack(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["prune", "weight_norm"])
+def test_a_weight_made_of_other_parameters_is_read_as_it_is_made(net, ids, how):
+    layer = net.model.layers[0].mlp.up_proj
+    if how == "prune":
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    before = net(ids).logits
+    with pf.attach(net, tiny.library(net)):
+        assert torch.equal(net(ids).logits, before)
+    with pytest.raises(UnsupportedModelError, match="keep_dense: the weight of .* is computed from other parameters"):
+        pf.attach(net, tiny.library(net), keep_dense=False)
+    assert torch.equal(net(ids).logits, before)
+
+
+@torch.no_grad()
+def test_a_linear_takes_its_input_by_name(net, library):
+    x = torch.randn(1, tiny.HIDDEN)
+    expected = net.lm_head(x)
+    with pf.attach(net, library):
+        assert torch.equal(net.lm_head(input=x), expected)
+        assert net.model.layers[0].mlp.up_proj(input=x).shape == (1, 64)
+
+
+@torch.no_grad()
+def test_a_forward_that_somebody_else_put_over_ours_outlives_detach(net, library, ids):
+    layer, before = net.model.layers[0].mlp.up_proj, net(ids).logits
+    handle = pf.attach(net, library)
+    inner, seen = layer.forward, []
+    layer.forward = lambda x: (seen.append(1), inner(x))[1]
+    del net.lm_head.forward
+    handle.detach()
+    assert torch.equal(net(ids).logits, before) and seen == [1]
+
+
+@torch.no_grad()
+def test_weights_that_are_not_in_memory_are_refused(net, library, ids):
+    weight = net.model.layers[0].mlp.up_proj.weight
+    net.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to("meta"))
+    for keep_dense in (True, False):
+        with pytest.raises(UnsupportedModelError, match=r"up_proj is not in memory"):
+            pf.attach(net, library, keep_dense=keep_dense)
+    net.to("meta")
+    library._masks.clear()
+    with pytest.raises(UnsupportedModelError, match=r"no weight of a Linear is in memory"):
+        pf.attach(net, library)
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_bank_made_in_inference_mode_serves_outside_it(net, library, ids, first):
+    with pf.attach(net, library):
+        with first():
+            expected = net(ids, personas=[STEERED, None]).logits
+        with torch.no_grad():
+            net(ids, personas=[pf.Persona(vectors={"creative": 1.0}), STEERED])
+        logits = net(ids, personas=[STEERED, None]).logits
+        assert torch.equal(logits, expected)
+        logits.sum().backward()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,4 +117,62 @@ def test_under_compile_it_is_one_graph(calls):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: ops.linear(x, weight, bias) + 1, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.linear(x, weight, bias) + 1)
+    assert calls == []
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose bytes are somewhere else, as a quantised weight's are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(a.inner if isinstance(a, Wrapped) else a for a in args), **(kwargs or {}))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@torch.no_grad()
+def test_weights_that_only_look_plain_are_torchs(calls):
+    x, weight, bias = make((4, 40), 5, torch.float32)
+    expected = F.linear(x, weight, bias)
+    for args in ((x, Wrapped(weight), bias), (x, weight, Wrapped(bias)), (x, weight.to_sparse_csr(), bias)):
+        torch.testing.assert_close(ops.linear(*args), expected)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_bias_of_another_shape_is_torchs(calls):
+    x, weight, bias = make((4, 40), 5, torch.float32)
+    assert torch.equal(ops.linear(x, weight, bias[:1]), F.linear(x, weight, bias[:1]))
+    with pytest.raises(RuntimeError, match="size"):
+        ops.linear(x, weight, bias[:3])
+    assert calls == []
+
+
+def test_who_has_to_see_an_operator_sees_one(calls):
+    x, weight, bias = make((4, 40), 5, torch.float32)
+    tangent, other = torch.randn_like(x), torch.randn_like(x)
+
+    def ours(x):
+        return ops.linear(x, weight, bias)
+
+    _, changed = torch.func.jvp(ours, (x,), (tangent,))
+    torch.testing.assert_close(changed, F.linear(tangent, weight))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent, F.linear(tangent, weight))
+    torch.testing.assert_close(torch.func.vmap(ours)(torch.stack([x, other]))[1], F.linear(other, weight, bias))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: ops.linear(x, weight, bias), (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), F.linear(other, weight, bias))
+        graph = torch.fx.experimental.proxy_tensor.make_fx(ours)(x)
+        torch.testing.assert_close(graph(other), F.linear(other, weight, bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == F.linear(x, weight, bias).dtype == torch.bfloat16
     assert calls == []

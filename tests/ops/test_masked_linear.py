@@ -190,3 +190,35 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(PersonafastError, match=message):
         ops.masked_linear(**{**good, **change})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("rows", [3, _masked_linear.KERNEL_ROWS + 1])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_masked_out_weight_takes_no_part_whatever_it_is(backend, rows, value):
+    x, weight, kept, masks, _, _, bias = make(rows, 45, 6, 1, torch.float32, 0)
+    expected = F.linear(x, weight * kept[0], bias)
+    weight = torch.where(kept[0], weight, value)
+    with ops.use_backend(backend):
+        y = ops.masked_linear(x, weight, masks, torch.zeros(rows, dtype=torch.int32), None, bias)
+    torch.testing.assert_close(y, expected)
+
+
+def test_masks_of_one_word_may_have_any_stride():
+    x, weight, kept, masks, _, _, bias = make(_masked_linear.KERNEL_ROWS + 1, 20, 6, 1, torch.float32, 0)
+    odd = torch.zeros(1, 6, 2, dtype=torch.int32)[:, :, ::2]
+    odd.copy_(masks)
+    assert odd[0].stride(-1) == 2
+    slots = torch.zeros(x.shape[0], dtype=torch.int32)
+    for one in (odd, odd.as_strided((1, 6, 1), (6, 1, 2))):
+        y = ops.masked_linear(x, weight, one.copy_(masks), slots, None, bias)
+        torch.testing.assert_close(y, F.linear(x, weight * kept[0], bias))
+
+
+@pytest.mark.parametrize("which", ["weight", "masks", "slots", "gamma", "bias"])
+def test_another_device_is_refused_by_name(which):
+    x, weight, _, masks, slots, gamma, bias = make(4, 45, 6, 2, torch.float32, 0)
+    given = {"weight": weight, "masks": masks, "slots": slots, "gamma": gamma, "bias": bias}
+    given[which] = given[which].to("meta")
+    with pytest.raises(PersonafastError, match=f"masked_linear: `{which}` is on meta, expected cpu"):
+        ops.masked_linear(x, **given)
