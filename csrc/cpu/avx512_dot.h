@@ -85,9 +85,9 @@ inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Memory that will be needed next is fetched 0, 1, 2 or 4 lines a word between the multiply-adds: kQuarters runs of
-// lines in address order, `jump` bytes apart. Four streams at a time, one a row of the next group, would get a quarter
-// less out of the memory.
+// Memory that will be needed next is fetched a few lines a word between the multiply-adds, kQuarters runs of words in
+// address order, `jump` bytes apart. Four streams at a time, one a row of the next group, would get a quarter less out
+// of the memory.
 constexpr int64_t kQuarters = 4;
 
 // The rows of x that one tile multiplies, interleaved: word w of row t at (w * rows + t) * 32, zeros beyond the last
@@ -186,8 +186,8 @@ struct Tile {
   // loaded with wider loads than the stores that filled it, which waits until those reach the cache, and with them
   // everything before: no two tiles would wait for the memory at the same time.
   static void run(const char* weight, int64_t step, const char* x, const int32_t* mask, const int32_t* other,
-                  int64_t mask_step, int64_t features, const char* fetch, int64_t jump, int64_t per_word,
-                  float* kept_sums, float* dropped_sums, int64_t first) {
+                  int64_t mask_step, int64_t features, const char* fetch, int64_t jump, int64_t advance,
+                  int64_t per_word, float* kept_sums, float* dropped_sums, int64_t first) {
     Tile tile = {weight, step, x, mask, other, mask_step, {}, {}};
     const int64_t whole = features / kWord;
     int64_t w = 0;
@@ -197,11 +197,8 @@ struct Tile {
         if (per_word > 0) {
           _mm_prefetch(line, _MM_HINT_T0);
           if (per_word > 1) _mm_prefetch(line + 64, _MM_HINT_T0);
-          if (per_word > 2) {
-            _mm_prefetch(line + 128, _MM_HINT_T0);
-            _mm_prefetch(line + 192, _MM_HINT_T0);
-          }
-          line += 64 * per_word;
+          for (int64_t more = 2; more < per_word; ++more) _mm_prefetch(line + 64 * more, _MM_HINT_T0);
+          line += advance;
         }
         tile.template word<true>(w, 0xffffffffu);
       }
@@ -270,10 +267,9 @@ struct Linear {
   const LinearPlan& plan;
   const int64_t words = words_of(a.features);
   const int64_t blocks = (a.features + kBlock - 1) / kBlock;
-  bool near = false;
-  int64_t per_word = 0;
-  int64_t jump = 0;
-  int64_t share = 0;  // bytes from what one tile fetches to what the next does
+  const bool near = plan.rows >= kNearRows;
+  // A view of some columns of a wider matrix would have the columns in between fetched too.
+  const bool fetches = a.weight_stride <= 2 * a.features;
   Rows tiles[kPlanRows];
   alignas(64) float kept[kPlanRows * kGroup] = {};
   alignas(64) float dropped[kPlanRows * kGroup] = {};
@@ -296,18 +292,6 @@ struct Linear {
       to += tile.count * words * kWord * kPackedBytes<D>;
       first += tile.count;
     }
-    // A view of some columns of a wider matrix would have the columns in between fetched too.
-    if (a.weight_stride > 2 * a.features || blocks == 0) return;
-    const int64_t block_words = a.features < kBlock ? words : kBlock / kWord;
-    const int64_t row = a.weight_stride * kBytes<D>;
-    near = plan.rows >= kNearRows;
-    const int64_t steps = near ? plan.count : blocks * plan.count;
-    const int64_t lines = kGroup * (near ? block_words * kWord * kBytes<D> : row) / 64;
-    const int64_t lines_per_tile = (lines + steps - 1) / steps;
-    const int64_t lines_per_word = (lines_per_tile + block_words - 1) / block_words;
-    per_word = lines_per_word > 2 ? 4 : lines_per_word;
-    share = near ? lines_per_tile * 64 / kQuarters : lines_per_tile * 64;
-    jump = near ? row : share / kQuarters;
   }
 
   // Sums of outputs o to o + count - 1, in kept[row of the plan * kGroup + output]; `next` says whether the group after
@@ -317,20 +301,23 @@ struct Linear {
     const int64_t mask_step = count == kGroup ? words : 0;
     const char* weight = static_cast<const char*>(a.weight) + o * a.weight_stride * kBytes<D>;
     const char* after = weight + kGroup * a.weight_stride * kBytes<D>;
-    const char* fetch = after;
     for (int64_t b = 0; b < blocks; ++b) {
       const bool more = near && b + 1 < blocks;
-      if (near) fetch = more ? weight + kBlock * kBytes<D> : after;
-      block(b, weight, step, o, mask_step, fetch, next || more ? per_word : 0, next);
-      if (!near) fetch += plan.count * share;
+      const char* fetch = more ? weight + kBlock * kBytes<D> : after;
+      if (!near) fetch += b * kBlock * kGroup * kBytes<D>;
+      block(b, weight, step, o, mask_step, fetches && (next || more) ? fetch : nullptr, next);
       weight += kBlock * kBytes<D>;
     }
   }
 
-  // Block b of the features of the outputs from o on; `next` says whether their successors' masks are wanted.
-  void block(int64_t b, const char* weight, int64_t step, int64_t o, int64_t mask_step, const char* fetch,
-             int64_t lines, bool next) {
+  // Block b of the features of the outputs from o on; `next` says whether their successors' masks are wanted. From
+  // `fetch` on, unless it is null, lies what will be needed: the group's next block, or a block's worth of the next
+  // group in address order. Each tile fetches its share of the lines of every word.
+  void block(int64_t b, const char* weight, int64_t step, int64_t o, int64_t mask_step, const char* fetch, bool next) {
+    constexpr int64_t kLines = kGroup * kWord * kBytes<D> / 64;
     const int64_t left = a.features - b * kBlock;
+    const int64_t features = left < kBlock ? left : kBlock;
+    const int64_t quarter = features / kWord / kQuarters * kLines * 64;
     for (int64_t j = 0; j < plan.count; ++j) {
       const Rows& rows = tiles[j];
       const int32_t* masks[2] = {nullptr, nullptr};
@@ -338,9 +325,14 @@ struct Linear {
         masks[k] = rows.masks[k] + o * words + b * (kBlock / kWord);
         if (next && (k == 0 || rows.masks[1] != rows.masks[0])) fetch_masks(rows.masks[k] + (o + kGroup) * words, b);
       }
-      rows.run(weight, step, rows.x + b * rows.block_bytes, masks[0], masks[1], mask_step,
-               left < kBlock ? left : kBlock, fetch, jump, lines, rows.kept, rows.dropped, b == 0);
-      fetch += share;
+      const int64_t first = kLines * j / plan.count;
+      const int64_t lines = fetch == nullptr ? 0 : kLines * (j + 1) / plan.count - first;
+      // A quarter of the next block is a row of it, of which the tiles fetch one part after the other; of the next
+      // group it is what follows the quarter before, and the tiles fetch neighbouring lines.
+      const char* mine = fetch == nullptr ? nullptr : fetch + (near ? quarter * first / kLines : 64 * first);
+      rows.run(weight, step, rows.x + b * rows.block_bytes, masks[0], masks[1], mask_step, features, mine,
+               near ? a.weight_stride * kBytes<D> : quarter, 64 * (near ? lines : kLines), lines, rows.kept,
+               rows.dropped, b == 0);
     }
   }
 

@@ -161,7 +161,7 @@ struct Sparse {
           fetch = inside ? spread<true>(rows[r], bitmap + r * step, features, to, fetch, bytes_per_word / kGroup)
                          : spread<false>(rows[r], bitmap + r * step, features, to, fetch, bytes_per_word / kGroup);
         }
-        linear.block(b, block, whole ? kBlock : 0, 0, 0, nullptr, 0, false);
+        linear.block(b, block, whole ? kBlock : 0, 0, 0, nullptr, false);
       }
     }
     const __m128 bias = a.bias ? load4<D>(a.bias, o, count) : _mm_setzero_ps();
