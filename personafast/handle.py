@@ -52,7 +52,8 @@ def attach(
         tokenizer: needed for prompt personas and stop strings; taken from the model's own folder when left out.
         max_personas: most different vector blends in one call; their bank holds that many rows a steered block.
         keep_dense: False keeps of the masked linears only what the library's one mask keeps, 9 bits a weight at 16 bit
-            and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back.
+            and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back. What is saved
+            is the masked model. Wrap the model with PEFT before attaching, not after.
 
     Returns:
         The handle: `generate`, `detach`, and a context manager that detaches.

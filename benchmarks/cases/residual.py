@@ -88,6 +88,30 @@ def steer_case(rows: int) -> Case:
     )
 
 
+def rms_norm_case(rows: int) -> Case:
+    def make(draw: Draw) -> Inputs:
+        return SimpleNamespace(hidden=draw.normal(rows, HIDDEN), weight=draw.normal(HIDDEN, scale=0.1) + 1)
+
+    def plain(inputs: Inputs) -> torch.Tensor:
+        # As transformers' LlamaRMSNorm has it.
+        wide = inputs.hidden.to(_wide(inputs.hidden.dtype))
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+        return inputs.weight * scaled.to(inputs.hidden.dtype)
+
+    def traffic(inputs: Inputs) -> int:
+        return 2 * nbytes(inputs.hidden) + nbytes(inputs.weight)
+
+    return Case(
+        name=f"rms_norm-{rows}x{HIDDEN}",
+        operator="rms_norm",
+        shape={"T": rows, "H": HIDDEN},
+        make=make,
+        plain=plain,
+        ours=Contender("ours", lambda inputs: ops.rms_norm(inputs.hidden, inputs.weight, EPS), traffic),
+        baselines=(Contender("six operators of torch", plain, traffic),),
+    )
+
+
 def norm_case(rows: int) -> Case:
     def make(draw: Draw) -> Inputs:
         inputs = _rows_and_bank(draw, rows)
@@ -121,4 +145,8 @@ def norm_case(rows: int) -> Case:
     )
 
 
-CASES: tuple[Case, ...] = tuple(kind(rows) for kind in (inject_case, steer_case, norm_case) for rows in ROWS)
+CASES: tuple[Case, ...] = (
+    *(kind(rows) for kind in (inject_case, steer_case, norm_case) for rows in ROWS),
+    # The rows of a decoding step; with more the model keeps torch's.
+    *(rms_norm_case(rows) for rows in (1, 8)),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,20 +47,42 @@ class CompressedWeight:
         taken = cls(values, bitmap, row_offsets, weight.requires_grad)
         linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         linear.__dict__["_personafast_compressed"] = taken
+        linear.__dict__["_personafast_hooks"] = [
+            linear.register_state_dict_post_hook(_save_dense),
+            linear.register_load_state_dict_pre_hook(_refuse_to_load),
+        ]
         return taken
 
     def put_back(self, linear: nn.Module) -> None:
         """Give the linear a dense weight again: what was kept, and zeros for what is gone."""
+        # No inference tensor: it may be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            linear.weight = nn.Parameter(self.dense(linear), requires_grad=self.requires_grad)
+        for hook in linear.__dict__.pop("_personafast_hooks"):
+            hook.remove()
+        del linear.__dict__["_personafast_compressed"]
+
+    def dense(self, linear: nn.Module) -> torch.Tensor:
+        """The weight with zeros for what is gone, in the dtype that `model.to` has given the linear since."""
         missing = linear.weight
         assert isinstance(missing, nn.Parameter)
-        # In the dtype that model.to() has given its stand-in since, and no inference tensor: it may be trained.
-        with torch.inference_mode(False), torch.no_grad():
-            weight = torch.zeros(missing.shape, dtype=missing.dtype, device=self.values.device)
-            weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values.to(missing.dtype)
-            linear.weight = nn.Parameter(weight, requires_grad=self.requires_grad)
-        del linear.__dict__["_personafast_compressed"]
+        weight = torch.zeros(missing.shape, dtype=missing.dtype, device=self.values.device)
+        weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values.to(missing.dtype)
+        return weight
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
         flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
         return flat.view(*x.shape[:-1], -1)
+
+
+def _save_dense(linear: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    # What is saved is the model that speaks, not a placeholder without numbers.
+    with torch.no_grad():
+        state_dict[f"{prefix}weight"] = linear.__dict__["_personafast_compressed"].dense(linear)
+
+
+def _refuse_to_load(linear: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    errors: list[str] = rest[-1]
+    if f"{prefix}weight" in state_dict:
+        errors.append(f"{prefix}weight: its dense weight was given up (keep_dense=False); detach before loading")

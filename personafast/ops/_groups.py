@@ -13,9 +13,10 @@ from personafast.ops._library import check_slot_range
 Groups: TypeAlias = "list[tuple[int, slice | torch.Tensor]]"
 
 # A forward pass calls every linear with one slots tensor of each kind; the last few are remembered. A changed tensor
-# is noticed by its version, a freed one by its weak reference.
+# is noticed by its values, since what writes through numpy or `.data` leaves its version alone, a freed one by its weak
+# reference.
 _REMEMBERED = 8
-_recent: list[tuple[weakref.ref[torch.Tensor], int, int, Groups]] = []
+_recent: list[tuple[weakref.ref[torch.Tensor], torch.Tensor, int, Groups]] = []
 
 
 def row_groups(op: str, slots: torch.Tensor, count: int) -> Groups:
@@ -26,13 +27,11 @@ def row_groups(op: str, slots: torch.Tensor, count: int) -> Groups:
         slots: int32 [T].
         count: slots there are; each value is checked to lie in [-1, count).
     """
-    if slots.is_inference():  # has no version: in-place changes could not be noticed
-        return _sort_out(op, slots, count)
-    for reference, version, known, groups in _recent:
-        if reference() is slots and version == slots._version and known == count:
+    for reference, values, known, groups in _recent:
+        if reference() is slots and known == count and torch.equal(values, slots):
             return groups
     groups = _sort_out(op, slots, count)
-    _recent.insert(0, (weakref.ref(slots), slots._version, count, groups))
+    _recent.insert(0, (weakref.ref(slots), slots.clone(), count, groups))
     del _recent[_REMEMBERED:]
     return groups
 

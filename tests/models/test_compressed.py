@@ -179,3 +179,23 @@ def test_what_detach_puts_back_is_of_the_models_dtype_and_may_be_trained(net, li
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
     net(ids).logits.sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@torch.no_grad()
+def test_what_is_saved_is_the_masked_model_and_nothing_is_loaded_over_it(net, library, ids, tmp_path):
+    dense = {name: value.clone() for name, value in net.state_dict().items()}
+    handle = pf.attach(net, library, keep_dense=False)
+    expected = net(ids).logits
+    net.save_pretrained(tmp_path)
+    again = type(net).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    mask = library.masks["introvert"]
+    name = next(iter(mask.words))
+    assert torch.equal(net.state_dict()[f"{name}.weight"], dense[f"{name}.weight"] * mask.dense(name))
+    for options in ({}, {"strict": False}, {"assign": True}):
+        with pytest.raises(RuntimeError, match="dense weight was given up .keep_dense=False.; detach before loading"):
+            net.load_state_dict(dense, **options)
+    with pytest.warns(UserWarning, match="given up"):
+        handle.detach()
+    net.load_state_dict(dense)
+    assert all(torch.equal(value, dense[name]) for name, value in net.state_dict().items())
