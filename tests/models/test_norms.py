@@ -47,12 +47,23 @@ def test_a_norm_that_computes_something_else_is_left_alone(thing):
 def test_attach_uses_it_and_detach_takes_it_out(net, library, monkeypatch):
     pytest.importorskip("personafast._C")
     ids, seen = torch.arange(3, 9)[None], []
-    rms_norm = patch.ops.rms_norm
-    monkeypatch.setattr(patch.ops, "rms_norm", lambda *a: (seen.append(1), rms_norm(*a))[1])
+    run_kernel = patch.run_kernel
+    monkeypatch.setattr(patch, "run_kernel", lambda *a: (seen.append(1), run_kernel(*a))[1])
     plain = net(ids).logits
     with pf.attach(net, library):
-        seen.clear()  # of the trial
         found = net(ids).logits
     assert len(seen) == 2 * tiny.BLOCKS + 1
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     assert torch.equal(net(ids).logits, plain) and len(seen) == 2 * tiny.BLOCKS + 1
+
+
+@torch.no_grad()
+def test_under_the_reference_backend_a_norm_runs_its_own_forward(net, library, monkeypatch):
+    calls = []
+    kind = type(net.model.norm)
+    forward = kind.forward
+    with pf.attach(net, library):
+        monkeypatch.setattr(kind, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+        with pf.ops.use_backend("reference"):
+            net(torch.arange(3, 9)[None])
+    assert len(calls) == 2 * tiny.BLOCKS + 1

@@ -3,6 +3,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from personafast import ops
+from personafast.ops import _rms_norm
 
 
 @torch.no_grad()
@@ -30,3 +31,17 @@ def test_what_the_kernel_does_not_take_is_plain_torch():
     assert ops.rms_norm(x, norm.weight, norm.variance_epsilon).requires_grad
     with ops.use_backend("reference"), torch.no_grad():
         assert torch.equal(ops.rms_norm(x, norm.weight, norm.variance_epsilon), norm(x))
+
+
+@torch.no_grad()
+def test_what_is_not_adjacent_or_does_not_fit_never_reaches_the_kernel(monkeypatch):
+    monkeypatch.setattr(_rms_norm, "run_kernel", lambda *_: pytest.fail("the kernel was called"))
+    weight = torch.randn(16)
+    apart = torch.randn(3, 32)[:, ::2]
+    expected = weight * (apart * torch.rsqrt(apart.pow(2).mean(-1, keepdim=True) + 1e-5))
+    assert torch.equal(ops.rms_norm(apart, weight, 1e-5), expected)
+    assert ops.rms_norm(torch.randn(3, 16), weight[:1], 1e-5).shape == (3, 16)
+    assert ops.rms_norm(torch.randn(3, 16), torch.randn(32)[::2], 1e-5).shape == (3, 16)
+    with pytest.raises(RuntimeError, match="size"):
+        ops.rms_norm(torch.randn(3, 16), weight[:8], 1e-5)
+    assert ops.rms_norm(torch.randn(3, 16), weight.bfloat16(), 1e-5).shape == (3, 16)
