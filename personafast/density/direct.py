@@ -49,7 +49,7 @@ def sample_direct(
         else:
             token = choose(target, draws.uniform(Stream.SAMPLE, transcript.positions)[:, 0])
         if carried is not None:
-            carried = carried + _log_ratios(ref, members, token, rule.policy_temperature)
+            carried = carried + rule.log_ratios(ref, members, token)
         transcript.append(token[:, None], torch.ones_like(token))
         scorer.commit(token[:, None], torch.ones_like(token))
         rows = transcript.shrink()
@@ -59,11 +59,3 @@ def sample_direct(
             for part in (scorer, rule, draws):
                 if part is not None:
                     part.keep(rows)
-
-
-def _log_ratios(reference: torch.Tensor, policies: torch.Tensor, token: torch.Tensor, t: float) -> torch.Tensor:
-    """log pi_i(token) - log pi_0(token), float32 [B, N]."""
-    index = token[None, :, None].expand(policies.shape[0], -1, 1)
-    of_policies = (policies / t).log_softmax(dim=-1).gather(2, index).squeeze(2)
-    of_reference = (reference / t).log_softmax(dim=-1).gather(1, token[:, None])
-    return of_policies.t() - of_reference

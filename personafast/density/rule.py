@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from personafast import ops
+from personafast.errors import PersonafastError
+from personafast.ops import Aggregator
+
+# log g of log ratios: (log_ratios float32 [N, ..., ], weights float32 [N]) -> [...], N the members of non-zero weight.
+Custom = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Rule:
-    """The target of every row.
+    """The target of every row: q(y) = b(y) g(r_1(y), ..., r_N(y)) / Z with r_i = pi_i / pi_0 (METHODS 3).
 
     Attributes:
         weights: float32 [B, N], alpha; 0 for a member a row does not have. Not normalised.
-        aggregator: int32 [B], codes of `ops.Aggregator`.
+        aggregator: int32 [B], codes of `ops.Aggregator`. Not looked at where `custom` has a function.
         min_p: float32 [B], threshold of the support mask; 0 keeps every token.
         policy_temperature: divides the logits of every member before the ratios.
+        p: float32 [B], exponent of power means; None for 1.
+        base: int64 [B], index of the policy that stands for b; -1, or None for all rows, where b is the reference
+            pi_0 itself. A base takes part in no ratio: its weight is 0.
+        custom: a function a row in place of the aggregator, or None.
     """
 
     weights: torch.Tensor
     aggregator: torch.Tensor
     min_p: torch.Tensor
     policy_temperature: float = 1.0
+    p: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+    custom: Sequence[Custom | None] | None = None
 
     @property
     def trivial(self) -> bool:
@@ -38,22 +51,164 @@ class Rule:
         Args:
             reference: raw logits [B, V].
             policies: raw logits [N, B, V].
-            carried: float32 [B, N], log r_i of the text so far, for the sequence-level mixture.
+            carried: float32 [B, N], log r_i of the text so far.
         """
         if self.trivial:
             return reference
-        t = self.policy_temperature
+        if self.policy_temperature != 1.0:
+            reference, policies = reference / self.policy_temperature, policies / self.policy_temperature
+        weights = self.weights
+        if self.base is not None:
+            # Under the geometric rule a base is one more member, at exponent 1: that leaves the reference -sum alpha.
+            member = (self.base >= 0) & (self.aggregator == int(Aggregator.GEOMETRIC))
+            rows = member.nonzero().flatten()
+            weights = weights.clone()
+            weights[rows, self.base[rows]] = 1.0
         target = ops.aggregate_logits(
-            reference / t, policies / t, self.weights, carried, self.aggregator, torch.ones_like(self.min_p), self.min_p
+            reference, policies, weights, carried, self.aggregator, self._exponents(), self.min_p
         )
+        for row, function in self._customs():
+            target[row] = self._custom_target(row, function, reference, policies, carried)
+        if self.base is not None:
+            for row in self._rebased():
+                target[row] = self._on_base(row, target[row], reference, policies, carried)
         # A row that is only its reference keeps raw logits, so that processors see what stock generate shows them.
-        plain = (self.weights == 0).all(dim=1) & (self.min_p == 0)
-        return torch.where(plain[:, None], reference / t, target) if bool(plain.any()) else target
+        plain = (weights == 0).all(dim=1) & (self.min_p == 0)
+        return torch.where(plain[:, None], reference, target) if bool(plain.any()) else target
+
+    def targets(
+        self, reference: torch.Tensor, policies: torch.Tensor, carried: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`target` at m places of every row: reference [B, m, V], policies [N, B, m, V], carried [B, m, N] or None."""
+        batch, places, vocabulary = reference.shape
+        flat = self.select(torch.arange(batch, device=reference.device).repeat_interleave(places))
+        found = flat.target(
+            reference.reshape(batch * places, vocabulary),
+            policies.reshape(-1, batch * places, vocabulary),
+            None if carried is None else carried.reshape(batch * places, -1),
+        )
+        return found.view(batch, places, vocabulary)
+
+    def scores(
+        self, reference: torch.Tensor, policies: torch.Tensor, carried: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Log g of the ratios of every prefix of a chunk, float32 [B, k].
+
+        Args:
+            reference: log-probabilities of the chunk's tokens, [B, k].
+            policies: those of every policy, [N, B, k].
+            carried: float32 [B, N], log ratios of the text before the chunk.
+        """
+        scores = ops.chunk_scores(reference, policies, self.weights, carried, self.aggregator, self._exponents())
+        for row, function in self._customs():
+            used = self._used(row)
+            ratios = (policies[used, row].float() - reference[row].float()).cumsum(dim=-1)
+            if carried is not None:
+                ratios = ratios + carried[row, used, None]
+            scores[row] = _call(function, ratios, self.weights[row, used])
+        return scores
+
+    def log_ratios(self, reference: torch.Tensor, policies: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """log pi_i(token) - log pi_0(token), float32 [B, N], from raw logits [B, V], [N, B, V] and int64 [B]."""
+        t = self.policy_temperature
+        index = token[None, :, None].expand(policies.shape[0], -1, 1)
+        of_policies = (policies / t).log_softmax(dim=-1).gather(2, index).squeeze(2)
+        of_reference = (reference / t).log_softmax(dim=-1).gather(1, token[:, None])
+        return of_policies.t() - of_reference
 
     def supported(self, reference: torch.Tensor, policies: torch.Tensor) -> torch.Tensor:
         """Which tokens the support mask keeps, bool [B, V]; arguments as for `target`."""
-        return torch.isfinite(self.target(reference, policies))
+        return self.target(reference, policies) > -torch.inf
+
+    def select(self, rows: torch.Tensor) -> Rule:
+        """The rule of some rows, which may repeat: int64 indices."""
+        return replace(
+            self,
+            weights=self.weights[rows],
+            aggregator=self.aggregator[rows],
+            min_p=self.min_p[rows],
+            p=None if self.p is None else self.p[rows],
+            base=None if self.base is None else self.base[rows],
+            custom=None if self.custom is None else [self.custom[row] for row in rows.tolist()],
+        )
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
-        self.weights, self.aggregator, self.min_p = self.weights[rows], self.aggregator[rows], self.min_p[rows]
+        self.__dict__.update(self.select(rows).__dict__)
+
+    def _exponents(self) -> torch.Tensor:
+        return torch.ones_like(self.min_p) if self.p is None else self.p
+
+    def _customs(self) -> list[tuple[int, Custom]]:
+        return [(row, function) for row, function in enumerate(self.custom or ()) if function is not None]
+
+    def _used(self, row: int) -> torch.Tensor:
+        return self.weights[row].nonzero().flatten()
+
+    def _custom_target(
+        self,
+        row: int,
+        function: Custom,
+        reference: torch.Tensor,
+        policies: torch.Tensor,
+        carried: torch.Tensor | None,
+    ) -> torch.Tensor:
+        used = self._used(row)
+        logp0, logp = reference[row].float().log_softmax(-1), policies[used, row].float().log_softmax(-1)
+        ratios = torch.where(logp0 == -torch.inf, -torch.inf, logp - logp0)
+        if carried is not None:
+            ratios = ratios + carried[row, used, None]
+        target = torch.where(logp0 == -torch.inf, -torch.inf, logp0 + _call(function, ratios, self.weights[row, used]))
+        return _normalised(torch.where(_likely(torch.cat([logp, logp0[None]]), self.min_p[row]), target, -torch.inf))
+
+    def _rebased(self) -> list[int]:
+        """Rows whose base still has to take the reference's place."""
+        assert self.base is not None
+        geometric = self.aggregator == int(Aggregator.GEOMETRIC)
+        custom = {row for row, _ in self._customs()}
+        return [
+            row
+            for row, (base, done) in enumerate(zip(self.base.tolist(), geometric.tolist(), strict=True))
+            if base >= 0 and (row in custom or not done)
+        ]
+
+    def _on_base(
+        self,
+        row: int,
+        target: torch.Tensor,
+        reference: torch.Tensor,
+        policies: torch.Tensor,
+        carried: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Exchange pi_0 for b in one row: log q + log b - log pi_0."""
+        assert self.base is not None
+        one = self.select(torch.tensor([row], device=self.weights.device))
+        one.base, one.min_p = None, torch.zeros_like(one.min_p)
+        index = slice(row, row + 1)
+        whole = one.target(reference[index], policies[:, index], None if carried is None else carried[index])[0]
+        logp0 = reference[row].float().log_softmax(-1)
+        base = policies[int(self.base[row]), row].float().log_softmax(-1)
+        moved = torch.where(logp0 == -torch.inf, -torch.inf, whole.log_softmax(-1) - logp0 + base)
+        support = (target > -torch.inf) | _likely(base[None], self.min_p[row])
+        return _normalised(torch.where(support, moved, -torch.inf))
+
+
+def _likely(logp: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Tokens that pass min-p under at least one member, bool [V]; logp is [M, V]."""
+    return (logp >= logp.amax(-1, keepdim=True) + min_p.log()).any(0)
+
+
+def _normalised(target: torch.Tensor) -> torch.Tensor:
+    norm = target.logsumexp(-1)
+    return torch.where(norm == -torch.inf, target, target - norm)
+
+
+def _call(function: Custom, ratios: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    found = function(ratios, weights)
+    if not isinstance(found, torch.Tensor) or found.shape != ratios.shape[1:]:
+        given = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise PersonafastError(
+            f"aggregator: the function gave {given} for log ratios {list(ratios.shape)}; return log g as a tensor "
+            f"{list(ratios.shape[1:])}"
+        )
+    return found.float()

@@ -10,11 +10,15 @@ import torch
 class Scorer(Protocol):
     """Next-token logits of a reference and N policies over B rows, each row with its own committed text Y.
 
-    A *draft* is int64 [B, j], j >= 0 tokens a row that are not committed. Caching is the scorer's own affair.
+    A *draft* is int64 [B, j], j >= 0 tokens a row that are not committed; within a round it only grows. Caching is the
+    scorer's own affair.
     """
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:
-        """Reference logits after Y and the draft, [B, V]."""
+        """Logits after Y and the draft of what runs ahead, [B, V].
+
+        That is the base of the target (the reference, or the policy that stands for it), or a draft model of its own.
+        """
         ...
 
     def score(self, draft: torch.Tensor, *, reference: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -25,10 +29,17 @@ class Scorer(Protocol):
         """
         ...
 
+    def speak(self, member: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        """Logits after Y and the draft of one policy a row, [B, V]; member is int64 [B], the policies' indices.
+
+        Which policy speaks may change from round to round, not within one.
+        """
+        ...
+
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Extend row b's text by tokens[b, :counts[b]]; tokens is int64 [B, n], 0 <= counts[b] <= n.
 
-        At most one token more than was drafted and scored in this round.
+        All but the last of them are the round's draft.
         """
         ...
 

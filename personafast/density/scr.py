@@ -147,7 +147,7 @@ class _Round:
         ref = (self.reference / t).log_softmax(dim=-1).gather(2, index).squeeze(2)
         of = (self.policies / t).log_softmax(dim=-1)
         of = of.gather(3, index.expand(of.shape[0], -1, -1, -1)).squeeze(3)
-        scores = ops.chunk_scores(ref, of, rule.weights, None, rule.aggregator, torch.ones_like(rule.min_p))
+        scores = rule.scores(ref, of)
         if bool(rule.min_p.any()):
             for j in range(self.draft.shape[1]):
                 inside = rule.supported(self.reference[:, j], self.policies[:, :, j])
@@ -157,9 +157,7 @@ class _Round:
 
     def local(self, rows: torch.Tensor) -> tuple[Rule, torch.Tensor, torch.Tensor]:
         """The rule and the cached next-token logits at Y of some rows: reference [b, V], policies [N, b, V]."""
-        rule = self.rule
-        rule = Rule(rule.weights[rows], rule.aggregator[rows], rule.min_p[rows], rule.policy_temperature)
-        return rule, self.reference[rows, 0], self.policies[:, rows, 0]
+        return self.rule.select(rows), self.reference[rows, 0], self.policies[:, rows, 0]
 
     def exact_token(self, rows: torch.Tensor) -> torch.Tensor:
         """One token of the token-level target for some rows, int64 [b]; no forward pass is needed."""
@@ -198,8 +196,7 @@ def _one_token(
             return token
         index = choose(logp, u[:, 2 * attempt])[:, None]
         of_token = of.gather(2, index.expand(of.shape[0], -1, 1))
-        ones = torch.ones_like(rule.min_p)
-        score = ops.chunk_scores(logp.gather(1, index), of_token, rule.weights, None, rule.aggregator, ones)[:, 0]
+        score = rule.scores(logp.gather(1, index), of_token)[:, 0]
         good = u[:, 2 * attempt + 1].log().float() < score - log_m
         if inside is not None:
             good &= inside.gather(1, index)[:, 0]

@@ -45,10 +45,11 @@ class Tables:
 
 
 class TableScorer:
-    """`Scorer` over tables, all rows with the same empty prompt."""
+    """`Scorer` over tables, all rows with the same empty prompt; `ahead` are the logits of what proposes, [P, V]."""
 
-    def __init__(self, tables: Tables, rows: int) -> None:
+    def __init__(self, tables: Tables, rows: int, ahead: torch.Tensor | None = None) -> None:
         self.tables = tables
+        self.ahead = tables.logits[0] if ahead is None else ahead
         self.code = torch.zeros(rows, dtype=torch.long)
         self.length = torch.zeros(rows, dtype=torch.long)
 
@@ -59,7 +60,10 @@ class TableScorer:
         return self.tables.row(code, self.length + count)
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:
-        return self.tables.logits[0, self._after(draft, draft.shape[1])]
+        return self.ahead[self._after(draft, draft.shape[1])]
+
+    def speak(self, member: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        return self.tables.logits[1 + member, self._after(draft, draft.shape[1])]
 
     def score(self, draft: torch.Tensor, *, reference: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
         index = torch.stack([self._after(draft, j) for j in range(draft.shape[1] + 1)], dim=1)
