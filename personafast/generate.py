@@ -133,7 +133,7 @@ def decode(
         patch,
         [row.reference if chunked or row.needs_reference else None for row in rows],
         [row.policies for row in rows],
-        split=chunked,
+        ahead=[row.reference for row in rows] if chunked else None,
         stats=transcript.stats,
         device=device,
     )

@@ -234,7 +234,12 @@ def test_peft_reads_what_we_write_and_we_read_what_peft_writes(net, tmp_path):
         ({"vectors": ["a"]}, "mapping"),
         ({"mask": ""}, "mask"),
         ({"aggregator": "median"}, "aggregator"),
-        ({"policies": {"a": -1.0}, "aggregator": "linear"}, "no negative weight"),
+        ({"policies": {"a": -1.0, "b": 2.0}, "aggregator": "harmonic"}, "no negative weight"),
+        ({"policies": {"a": -1.0, "b": 1.0}, "aggregator": "linear"}, "sum to 0"),
+        ({"policies": {"a": 0.0}, "aggregator": "min"}, "sum to 0"),
+        ({"policies": {"a": 1.0}, "aggregator": "power", "p": float("inf")}, "p: inf is not"),
+        ({"policies": {"a": 1.0}, "base": ""}, "base: expected the name"),
+        ({"policies": {"a": 1.0}, "aggregator": "mean"}, "reverse_kl"),
     ],
 )
 def test_a_bad_persona_is_refused(given, message):

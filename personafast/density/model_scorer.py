@@ -1,4 +1,4 @@
-"""The `Scorer` over a patched Hugging Face model: every member is a row of one batch."""
+"""The `Scorer` over patched Hugging Face models: members that share a model are rows of one batch."""
 
 from __future__ import annotations
 
@@ -7,76 +7,89 @@ from dataclasses import dataclass
 
 import torch
 
+from personafast.density.group import Group
 from personafast.density.transcript import GenerationStats
-from personafast.models.cache import RaggedContext
 from personafast.models.patch import Patch
-from personafast.models.rows import RowSlots
 
 
 @dataclass(frozen=True)
 class Member:
-    """One distribution that takes part in a row: a prompt, and what is switched on in the model."""
+    """One distribution that takes part in a row: a prompt, and what is switched on in a model.
+
+    Attributes:
+        prompt: its token ids; members of one row may differ in it.
+        vector, mask, adapter: slots of the model's banks, -1 for none.
+        patch: the model with its banks; None for the one the scorer was made for.
+    """
 
     prompt: list[int]
     vector: int
     mask: int
     adapter: int
+    patch: Patch | None = None
 
 
-class _Group:
-    """Members that share forward passes, and what of the rows' text they have been fed."""
+class _Seats:
+    """Members of one model, what they are in the rows of the batch, and their common cache."""
 
-    def __init__(self, patch: Patch, members: Sequence[Member], stats: GenerationStats, device: torch.device) -> None:
-        self._patch, self._stats = patch, stats
-        self._context = RaggedContext(patch.model, [member.prompt for member in members], device)
-        self._slots = RowSlots.of([m.vector for m in members], [m.mask for m in members], [m.adapter for m in members])
-        self._last = torch.tensor([member.prompt[-1] for member in members], dtype=torch.long, device=device)
-        # The prompt is fed with the first draft, so at first nothing is pending; later the last committed token is.
-        self._pending: torch.Tensor | None = torch.empty(len(members), 0, dtype=torch.long, device=device)
-        self._fed = 0
+    def __init__(self, patch: Patch, stats: GenerationStats, device: torch.device) -> None:
+        self._make = (patch, stats, device)
+        self._members: list[Member] = []
+        self._row: list[int] = []
+        self._index: list[int] = []
 
-    def logits(self, draft: torch.Tensor, keep: int) -> torch.Tensor:
-        """Feed what is new of the draft [R, j]; the last `keep` next-token logits, float32 [R, keep, V]."""
-        tokens = draft[:, self._fed :]
-        if self._pending is not None:
-            tokens, self._pending = torch.cat([self._pending, tokens], dim=1), None
-        self._stats.forwards += tokens.shape[0]
-        self._stats.calls += 1
-        with self._patch.rows(self._slots):
-            logits = self._context.feed(tokens, keep)
-        self._fed = draft.shape[1]
-        return logits
+    def add(self, member: Member, row: int, index: int) -> None:
+        """Seat a member: policy `index` of `row`, or -1 for its reference."""
+        self._members.append(member)
+        self._row.append(row)
+        self._index.append(index)
 
-    def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keep the cache up to, and without, the last committed token; that one is pending."""
-        if self._pending is not None:
-            raise RuntimeError("a group was committed to before it was scored")
-        # The token that was pending has been fed: a row that gets none is rolled back to before it.
-        self._context.rollback(self._fed + 1 - counts)
-        newest = tokens.gather(1, (counts - 1).clamp(min=0)[:, None]).squeeze(1)
-        self._last = torch.where(counts > 0, newest, self._last)
-        self._pending = self._last[:, None]
-        self._fed = 0
+    def close(self) -> None:
+        """All members are here: make their group."""
+        patch, stats, device = self._make
+        self.group = Group(
+            patch,
+            [member.prompt for member in self._members],
+            [(member.vector, member.mask, member.adapter) for member in self._members],
+            stats,
+            device,
+        )
+        self.row = torch.tensor(self._row, dtype=torch.long, device=device)
+        self.index = torch.tensor(self._index, dtype=torch.long, device=device)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self._context.keep(rows)
-        self._slots = self._slots.select(rows.cpu())
-        if self._pending is not None:
-            self._pending = self._pending[rows]
-        self._last = self._last[rows]
+    def place(self, logits: torch.Tensor, reference: torch.Tensor | None, policies: torch.Tensor) -> None:
+        """Put the group's logits [F, j, V] where they belong in [B, j, V] and [N, B, j, V]."""
+        policy = self.index >= 0
+        if bool(policy.all()):
+            policies[self.index, self.row] = logits
+            return
+        policies[self.index[policy], self.row[policy]] = logits[policy]
+        if reference is not None:
+            reference[self.row[~policy]] = logits[~policy]
+
+    def keep(self, new: torch.Tensor) -> bool:
+        """Go on with the rows that have a new index, int64 [B]; whether any member is left."""
+        left = (new[self.row] >= 0).nonzero().flatten()
+        if not left.numel():
+            return False
+        self.group.keep(left)
+        self.row, self.index = new[self.row[left]], self.index[left]
+        return True
 
 
 class ModelScorer:
-    """Reference and policies of B rows in one patched model.
+    """Reference and policies of B rows.
+
+    Members of one model share its forward passes, one row each; models run one after the other.
 
     Args:
-        patch: the model with its banks.
-        references: the reference member of every row; None for a row whose target does not depend on it (not with
-            `split`). Its logits are then zeros.
+        patch: the model with its banks, of every member that names no other.
+        references: the reference member of every row; None for a row whose target does not depend on it. Its logits
+            are then zeros.
         policies: the policy members of every row, ragged: a row may have none.
-        split: keep the reference in a cache of its own, so that it can run ahead (`propose`); otherwise all members
-            share every forward pass.
-        stats: receives the number of forward passes.
+        ahead: the member of every row that proposes, in a cache of its own. A row whose reference proposes has it
+            scored there and nowhere else. None: nothing proposes, and all members share every forward pass.
+        stats: receives the number of forward passes and the bytes they read.
     """
 
     def __init__(
@@ -85,77 +98,123 @@ class ModelScorer:
         references: Sequence[Member | None],
         policies: Sequence[Sequence[Member]],
         *,
-        split: bool,
+        ahead: Sequence[Member] | None = None,
         stats: GenerationStats,
         device: torch.device,
     ) -> None:
-        flat = [member for row in policies for member in row]
         self._rows = len(references)
         self._count = max((len(row) for row in policies), default=0)
-        # Where flat policy f stands in [N, B].
-        self._row = torch.tensor([b for b, row in enumerate(policies) for _ in row], dtype=torch.long, device=device)
-        self._index = torch.tensor([i for row in policies for i in range(len(row))], dtype=torch.long, device=device)
-        present = [b for b, member in enumerate(references) if member is not None]
-        self._present = torch.tensor(present, dtype=torch.long, device=device)
-        own = [member for member in references if member is not None]
-        self._reference: _Group | None = None
-        if split:
-            self._reference = _Group(patch, own, stats, device)
-            self._joint = _Group(patch, flat, stats, device) if flat else None
-        else:
-            self._joint = _Group(patch, [*own, *flat], stats, device)
+        joint: dict[int, _Seats] = {}
+        leading: dict[int, _Seats] = {}
+
+        def seat(seats: dict[int, _Seats], member: Member, row: int, index: int) -> None:
+            own = member.patch or patch
+            seats.setdefault(id(own), _Seats(own, stats, device)).add(member, row, index)
+
+        own_reference = torch.zeros(self._rows, dtype=torch.bool)
+        for b, reference in enumerate(references):
+            if ahead is not None:
+                seat(leading, ahead[b], b, -1)
+                own_reference[b] = reference is not None and ahead[b] == reference
+            if reference is not None and not own_reference[b]:
+                seat(joint, reference, b, -1)
+        for i in range(self._count):
+            for b, row in enumerate(policies):
+                if i < len(row):
+                    seat(joint, row[i], b, i)
+        self._joint, self._leading = list(joint.values()), list(leading.values())
+        for seats in [*self._joint, *self._leading]:
+            seats.close()
+        self._regular = self._is_regular()
+        # Rows whose reference proposes: it is scored there.
+        self._proposing = own_reference.nonzero().flatten().to(device)
+        self._proposed: list[torch.Tensor] = []
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:
-        """See `Scorer.propose`; only with `split`."""
-        assert self._reference is not None
-        return self._reference.logits(draft, 1)[:, 0]
+        """See `Scorer.propose`; only with `ahead`."""
+        missing = draft.shape[1] + 1 - len(self._proposed)
+        if missing > 0:
+            self._proposed.extend(self._spread(self._leading, draft, missing).unbind(dim=1))
+        return self._proposed[draft.shape[1]]
 
     def score(self, draft: torch.Tensor, *, reference: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """See `Scorer.score`; the reference only without `split`."""
-        positions = draft.shape[1] + 1
-        if self._joint is None:
-            return None, draft.new_empty(0, self._rows, positions, 0, dtype=torch.float32)
-        own = draft[self._row]
-        if self._reference is not None:
-            return None, self._spread(self._joint.logits(own, positions))
-        logits = self._joint.logits(torch.cat([draft[self._present], own]), positions)
-        count = self._present.numel()
-        of_reference = logits[:count]
-        if reference and count < self._rows:
-            of_reference = logits.new_zeros(self._rows, *logits.shape[1:])
-            of_reference[self._present] = logits[:count]
-        return (of_reference if reference else None), self._spread(logits[count:])
+        """See `Scorer.score`."""
+        places = draft.shape[1] + 1
+        of_reference: torch.Tensor | None = None
+        policies: torch.Tensor | None = None
+        for seats in self._joint:
+            logits = seats.group.logits(draft[seats.row], places)
+            shape = (self._rows, *logits.shape[1:])
+            if self._regular:
+                own = logits.shape[0] - self._count * self._rows
+                of_reference, policies = logits[:own] if own else None, logits[own:].view(self._count, *shape)
+                break
+            policies = logits.new_zeros(self._count, *shape) if policies is None else policies
+            of_reference = logits.new_zeros(shape) if of_reference is None and reference else of_reference
+            seats.place(logits, of_reference, policies)
+        if reference and self._proposing.numel():
+            self.propose(draft)
+            proposed = torch.stack(self._proposed[:places], dim=1)
+            if of_reference is None or self._proposing.numel() == self._rows:
+                of_reference = proposed
+            else:
+                of_reference[self._proposing] = proposed[self._proposing]
+        if policies is None:
+            assert of_reference is not None
+            policies = of_reference.new_zeros(0, *of_reference.shape)
+        if reference and of_reference is None:
+            of_reference = policies.new_zeros(policies.shape[1:])
+        return (of_reference if reference else None), policies
+
+    def speak(self, member: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        """See `Scorer.speak`; models of which no member speaks are not run, and catch up when one does."""
+        out: torch.Tensor | None = None
+        for seats in self._joint:
+            speaking = seats.index == member[seats.row]
+            if not bool(speaking.any()):
+                continue
+            logits = seats.group.logits(draft[seats.row], 1)[:, 0]
+            out = logits.new_zeros(self._rows, logits.shape[1]) if out is None else out
+            out[seats.row[speaking]] = logits[speaking]
+        assert out is not None
+        return out
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """See `Scorer.commit`."""
-        flat = (tokens[self._row], counts[self._row])
-        if self._reference is not None:
-            self._reference.commit(tokens, counts)
-            if self._joint is not None:
-                self._joint.commit(*flat)
-        else:
-            assert self._joint is not None
-            self._joint.commit(torch.cat([tokens[self._present], flat[0]]), torch.cat([counts[self._present], flat[1]]))
+        for seats in [*self._joint, *self._leading]:
+            seats.group.commit(tokens[seats.row], counts[seats.row])
+        self._proposed.clear()
 
     def keep(self, rows: torch.Tensor) -> None:
         """See `Scorer.keep`."""
         new = torch.full((self._rows,), -1, dtype=torch.long, device=rows.device)
         new[rows] = torch.arange(rows.numel(), device=rows.device)
-        members = (new[self._row] >= 0).nonzero().flatten()
-        present = (new[self._present] >= 0).nonzero().flatten()
-        if self._reference is not None:
-            self._reference.keep(rows)
-            if self._joint is not None:
-                self._joint.keep(members)
-        else:
-            assert self._joint is not None
-            self._joint.keep(torch.cat([present, members + self._present.numel()]))
-        self._row, self._index = new[self._row[members]], self._index[members]
-        self._present = new[self._present[present]]
+        self._joint = [seats for seats in self._joint if seats.keep(new)]
+        self._leading = [seats for seats in self._leading if seats.keep(new)]
+        self._proposing = new[self._proposing]
+        self._proposing = self._proposing[self._proposing >= 0]
         self._rows = rows.numel()
+        self._regular = self._is_regular()
 
-    def _spread(self, flat: torch.Tensor) -> torch.Tensor:
-        """[F, j, V] of the policies that are there -> [N, B, j, V], zeros where a row has fewer."""
-        out = flat.new_zeros(self._count, self._rows, *flat.shape[1:])
-        out[self._index, self._row] = flat
+    def _is_regular(self) -> bool:
+        """Whether one group holds the rows' references, of all or none, then all first policies, all second ones ..."""
+        if len(self._joint) != 1:
+            return False
+        seats, rows = self._joint[0], torch.arange(self._rows)
+        own = seats.row.numel() - self._count * self._rows
+        if own not in (0, self._rows):
+            return False
+        order = torch.cat([rows[:own], rows.repeat(self._count)])
+        index = torch.cat([torch.full((own,), -1), torch.arange(self._count).repeat_interleave(self._rows)])
+        return torch.equal(seats.row.cpu(), order) and torch.equal(seats.index.cpu(), index)
+
+    def _spread(self, all_seats: Sequence[_Seats], draft: torch.Tensor, keep: int) -> torch.Tensor:
+        out: torch.Tensor | None = None
+        for seats in all_seats:
+            logits = seats.group.logits(draft[seats.row], keep)
+            if len(all_seats) == 1:
+                return logits
+            out = logits.new_zeros(self._rows, *logits.shape[1:]) if out is None else out
+            out[seats.row] = logits
+        assert out is not None
         return out

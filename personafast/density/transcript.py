@@ -21,6 +21,7 @@ class GenerationStats:
         tokens: tokens committed, over all rows.
         forwards: member forward passes (one member of one row in one call of the model counts 1).
         calls: calls of the model.
+        weight_bytes: estimated bytes of weights that these calls read.
         proposed, accepted: proposed tokens, and those of them that were accepted (`scr`).
         scored, clipped: chunk scores compared with a bound, and those above it: their share is `clipped_mass`, a
             measure of the bias of an estimated bound.
@@ -32,6 +33,7 @@ class GenerationStats:
     tokens: int = 0
     forwards: int = 0
     calls: int = 0
+    weight_bytes: int = 0
     proposed: int = 0
     accepted: int = 0
     scored: int = 0

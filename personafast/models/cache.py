@@ -55,21 +55,37 @@ class RaggedContext:
         """R."""
         return self._live.shape[0]
 
-    def feed(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+    def feed(self, tokens: torch.Tensor, keep: int, live: torch.Tensor | None = None) -> torch.Tensor:
         """Append tokens [R, k] to every row (after the prompt, the first time) and return the last `keep` logits.
 
+        Args:
+            tokens: int64 [R, k].
+            keep: how many places to give the logits of.
+            live: bool [R, k], which of them are tokens of their row: a row's own stand at its right. None for all.
+
         Returns:
-            float32 [R, keep, V].
+            float32 [R, keep, V]; those of a place that is not live mean nothing.
+
+        Raises:
+            UnsupportedModelError: rows get different numbers of tokens, and the model derives positions or windows
+                from columns.
         """
+        fresh = self._live.new_ones(tokens.shape) if live is None else live
+        if live is not None and not bool(live.all()):
+            self._check_ragged(self._live.shape[1] + tokens.shape[1])
+            self._ragged = True
         if not self._started:
             tokens = torch.cat([self._prompt, tokens], dim=1)
-            live = torch.cat([self._live, self._live.new_ones(self.rows, tokens.shape[1] - self._live.shape[1])], dim=1)
-            positions = (live.long().cumsum(dim=1) - 1).clamp(min=0)
+            whole = torch.cat([self._live, fresh], dim=1)
+            positions = (whole.long().cumsum(dim=1) - 1).clamp(min=0)
             self._started = True
         else:
-            live = torch.cat([self._live, self._live.new_ones(tokens.shape)], dim=1)
+            whole = torch.cat([self._live, fresh], dim=1)
             start = self._live.sum(dim=1, keepdim=True)
-            positions = start + torch.arange(tokens.shape[1], device=self.device)
+            if live is None:
+                positions = start + torch.arange(tokens.shape[1], device=self.device)
+            else:
+                positions = start + (live.long().cumsum(dim=1) - 1).clamp(min=0)
         if self._last_position is not None:
             # Drafts may run past the end of a row that is full; what is read there is not kept.
             positions = positions.clamp(max=self._last_position - 1)
@@ -78,14 +94,14 @@ class RaggedContext:
             "past_key_values": self._cache,
             "use_cache": True,
             # Full rows take the path without a mask, as stock generate does.
-            "attention_mask": live.long() if self._ragged else None,
+            "attention_mask": whole.long() if self._ragged else None,
         }
         if "position_ids" in self._parameters:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
         logits = self.model(**inputs).logits[:, -keep:].float()
-        self._live = live
+        self._live = whole
         return logits
 
     def rollback(self, counts: torch.Tensor) -> None:
@@ -101,11 +117,7 @@ class RaggedContext:
             self._each(lambda whole: whole[:, :, :-least])
             self._live = self._live[:, :-least]
         if most > least:
-            if "position_ids" not in self._parameters or _chunked_attention(self.model):
-                raise UnsupportedModelError(
-                    f"model: {type(self.model).__name__} takes positions from the columns of its cache, so rows cannot "
-                    "be rolled back by different counts; use sampler='direct' or one row a call"
-                )
+            self._check_ragged(0)
             # The columns to forget are the last live ones: rows may hold dead columns from earlier rollbacks.
             from_end = self._live.flip(1).long().cumsum(dim=1).flip(1)
             self._live = self._live & (from_end > (counts - least).to(self.device)[:, None])
@@ -122,6 +134,19 @@ class RaggedContext:
             self._gather()
         else:
             self._prompt = self._prompt[rows]
+
+    def _check_ragged(self, columns: int) -> None:
+        """Raise unless dead columns may stand between live ones, `columns` of both in all."""
+        if "position_ids" not in self._parameters or _chunked_attention(self.model):
+            raise UnsupportedModelError(
+                f"model: {type(self.model).__name__} takes positions from the columns of its cache, so rows cannot go "
+                "on by different counts; use sampler='direct' or one row a call"
+            )
+        if self._window is not None and columns > self._window:
+            raise UnsupportedModelError(
+                f"model: {type(self.model).__name__} attends to a window of {self._window} columns, so a longer text "
+                "cannot go on by different counts a row; use sampler='direct' or one row a call"
+            )
 
     def _gather(self, close: bool = False) -> None:
         """Move the live columns to the right and cut off what is dead in every row, when that is much or to `close`."""

@@ -48,6 +48,19 @@ def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor) -> Any:
     return type(norm).forward(norm, hidden_states)
 
 
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a forward pass reads: every parameter in memory once, but of an embedding only rows."""
+    inputs: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    outputs: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    table = getattr(inputs, "weight", None)
+    tied = table is not None and table is getattr(outputs, "weight", None)
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if not parameter.is_meta and (tied or parameter is not table)
+    )
+
+
 class Patch:
     """The hooks on one model, and the banks they read."""
 
@@ -181,6 +194,15 @@ class Patch:
             yield
         finally:
             self._now = before
+
+    def bytes_read(self, slots: RowSlots) -> int:
+        """Estimated bytes of weights that a forward pass of these rows reads: the model once, and its adapters."""
+        known = slots.by_kind.get("adapters")
+        adapters = known.used if known is not None else set()
+        factors = sum(
+            (bank.a[0].numel() + bank.b[0].numel()) * bank.a.element_size() for bank in self._adapters.values()
+        )
+        return model_bytes(self.model) + len(adapters) * factors
 
     @property
     def vector_slots(self) -> set[int]:
