@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,21 +22,28 @@ from transformers.generation.stopping_criteria import (
 )
 
 from personafast.density.direct import sample_direct
+from personafast.density.draft import Drafter, ModelDrafter, NgramDrafter
 from personafast.density.draws import Draws, row_seed
+from personafast.density.mixture import sample_mixture
 from personafast.density.model_scorer import Member, ModelScorer
 from personafast.density.rule import Rule
-from personafast.density.scr import ScrOptions, sample_scr
+from personafast.density.scr import sample_scr
+from personafast.density.token_rs import sample_token_rs
 from personafast.density.transcript import GenerationStats, Transcript
+from personafast.density.verify import sample_verify
 from personafast.errors import PersonafastError
 from personafast.models.cache import learned_positions
 from personafast.models.patch import Patch
 from personafast.ops import Aggregator
+from personafast.options import Options
+from personafast.row import Row
 
-SAMPLERS = ("direct", "scr", "merge")
 # Keep a token whose probability under a member is at least this share of that member's largest (METHODS 3.2).
 DEFAULT_MIN_P = 0.05
-# Rows may leave the batch under these; any other processor may hold a state per row.
+# Rows may leave the batch under these, and drafts may take them on; any other processor may hold a state per row.
 _STATELESS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, LogitNormalization)
+# The rules that are power means, and their exponents.
+_POWERS = {"harmonic": -1.0}
 
 
 class PersonaGenerateOutput(GenerateDecoderOnlyOutput):
@@ -45,44 +52,121 @@ class PersonaGenerateOutput(GenerateDecoderOnlyOutput):
     stats: GenerationStats | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """Everything one row of the batch needs: its reference, its policies with weights, and its rule."""
+class _Call:
+    """One call of generate: its rows, what acts on their targets, and what comes of it."""
 
-    reference: Member
-    policies: Sequence[Member]
-    weights: Sequence[float]
-    aggregator: str
-    has_ratios: bool
+    def __init__(
+        self,
+        patch: Patch,
+        rows: Sequence[Row],
+        prompt: torch.Tensor,
+        options: Options,
+        config: Any,
+        processors: LogitsProcessorList,
+        transcript: Transcript,
+    ) -> None:
+        self.patch, self.rows, self.options, self.transcript = patch, rows, options, transcript
+        self.device = prompt.device
+        self.prompt = prompt
+        self.sampling = bool(config.do_sample)
+        self.want_log_z = bool(config.return_dict_in_generate)
+        self.min_p = options.min_p if options.min_p is not None else config.min_p
+        self.processors = LogitsProcessorList(p for p in processors if not isinstance(p, MinPLogitsWarper))
+        self.rule = _rule(rows, self.min_p, options.policy_temperature, self.device)
+        self.draws = _draws(options, len(rows), self.device) if self.sampling else None
+        self._plain = _plain_min_p(rows, self.min_p, self.device) if self.sampling else None
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the token-level target depends on the reference: not a mixture, nor weights that sum to 1."""
-        if not self.policies:
-            return True
-        # Well inside the tolerance within which `aggregate_logits` gives the reference no share.
-        return self.aggregator != "linear" and abs(1 - sum(self.weights)) > 5e-7
+    def run(self, sampler: str) -> None:
+        """Decode every row to its end."""
+        if sampler in ("direct", "merge"):
+            sample_direct(
+                self._scorer(),
+                self.transcript,
+                self.rule,
+                self.draws,
+                process=self._process,
+                carry=self.options.carry,
+                want_log_z=self.want_log_z,
+            )
+        elif sampler in ("verify", "block"):
+            self._verify(block=sampler == "block")
+        elif sampler == "token_rs":
+            assert self.draws is not None
+            sample_token_rs(
+                self._scorer(ahead=[row.front for row in self.rows], all_references=True),
+                self.transcript,
+                self.rule,
+                self.draws,
+                retries=self.options.retries,
+                process=self._process,
+                want_log_z=self.want_log_z,
+            )
+        else:
+            self._chunks(sampler)
 
+    def _verify(self, block: bool) -> None:
+        given = self.options.draft
+        ahead = None
+        if given != "ngram" and (isinstance(given, str) or not _is_drafter(given)):
+            ahead = [row.draft or row.front for row in self.rows]
+        scorer = self._scorer(ahead)
+        if given == "ngram":
+            drafter: Drafter = NgramDrafter()
+        elif ahead is None:
+            drafter = cast(Drafter, given)
+        else:
+            shared = [p for p in self.processors if isinstance(p, _STATELESS)]
+            drafter = ModelDrafter(scorer, process=_in_turn(shared), min_p=self._draft_min_p())
+        sample_verify(
+            scorer,
+            self.transcript,
+            self.rule,
+            self.draws,
+            drafter,
+            chunk=self.options.chunk or 8,
+            block=block,
+            process=self._process,
+            carry=self.options.carry,
+            want_log_z=self.want_log_z,
+        )
 
-@dataclass(frozen=True)
-class Options:
-    """How to sample; what `PersonaHandle.generate` takes beside `model.generate`'s own arguments."""
+    def _chunks(self, sampler: str) -> None:
+        """The samplers whose target is at chunk level: nothing but a temperature can act on it."""
+        assert self.draws is not None
+        self.rule.policy_temperature *= _only_temperature(sampler, self.processors)
+        if sampler == "scr":
+            if not all(len(row.policies) for row in self.rows):
+                raise PersonafastError(
+                    "sampler: 'scr' needs policies or prompts in every row; use 'direct' for mixed batches"
+                )
+            scorer = self._scorer(ahead=[row.front for row in self.rows], all_references=True)
+            sample_scr(scorer, self.transcript, self.rule, self.draws, self.options.scr)
+            return
+        # A row without policies is a mixture of one: its reference.
+        policies = [row.policies or [row.reference] for row in self.rows]
+        scorer = ModelScorer(
+            self.patch, [None] * len(policies), policies, stats=self.transcript.stats, device=self.device
+        )
+        carry = self.options.carry
+        sample_mixture(
+            scorer, self.transcript, _as_mixture(self.rule), self.draws, chunk=self.options.chunk or 1, carry=carry
+        )
 
-    sampler: str = "direct"
-    seed: int | None = None
-    seeds: Sequence[int] | None = None
-    min_p: float | None = None
-    policy_temperature: float = 1.0
-    carry: bool = False
-    scr: ScrOptions = ScrOptions()
+    def _scorer(self, ahead: Sequence[Member] | None = None, all_references: bool = False) -> ModelScorer:
+        return ModelScorer(
+            self.patch,
+            [row.reference if all_references or row.needs_reference else None for row in self.rows],
+            [row.members for row in self.rows],
+            ahead=ahead,
+            stats=self.transcript.stats,
+            device=self.device,
+        )
 
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise PersonafastError(f"sampler: {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise PersonafastError(f"min_p: {self.min_p} is not in [0, 1]")
-        if not self.policy_temperature > 0:
-            raise PersonafastError(f"policy_temperature: {self.policy_temperature} is not above 0")
+    def _process(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        if self._plain is None:
+            return scores
+        return _keep_likely(scores, self._plain[self.transcript.alive])
 
 
 def decode(
@@ -101,7 +185,7 @@ def decode(
         patch: the model with its banks.
         rows: one a row of the batch.
         prompt: int64 [B, L], as given to generate, padding included.
-        options: sampler and its settings.
+        options: sampler, not "auto", and its settings.
         config: the call's GenerationConfig, prepared by transformers.
         processors: logits processors and warpers; they act on the aggregated target.
         criteria: stopping criteria; length and EOS are taken from `config`.
@@ -110,11 +194,7 @@ def decode(
     Returns:
         int64 [B, L + new], or `PersonaGenerateOutput` with `return_dict_in_generate`.
     """
-    device = prompt.device
-    sampling = bool(config.do_sample)
-    min_p = options.min_p if options.min_p is not None else config.min_p
     _check_room(patch.model, prompt.shape[1], int(config.max_length))
-    processors = LogitsProcessorList(p for p in processors if not isinstance(p, MinPLogitsWarper))
     if streamer is not None:
         streamer.put(prompt.cpu())
     transcript = Transcript(
@@ -123,42 +203,16 @@ def decode(
         _eos_ids(config),
         [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))],
         (lambda tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
-        may_shrink=all(isinstance(p, _STATELESS) for p in processors),
+        may_shrink=all(isinstance(p, (*_STATELESS, MinPLogitsWarper)) for p in processors),
     )
-    chunked = options.sampler == "scr" and sampling
-    if options.sampler == "scr" and not sampling:
-        transcript.stats.notes.append("scr without sampling is greedy decoding of the target: sampled by `direct`")
-    rule = _rule(rows, min_p, options.policy_temperature, device)
-    scorer = ModelScorer(
-        patch,
-        [row.reference if chunked or row.needs_reference else None for row in rows],
-        [row.policies for row in rows],
-        ahead=[row.reference for row in rows] if chunked else None,
-        stats=transcript.stats,
-        device=device,
-    )
-    if chunked:
-        rule.policy_temperature *= _only_temperature(processors)
-        if not all(len(row.policies) for row in rows):
-            raise PersonafastError(
-                "sampler: 'scr' needs policies or prompts in every row; use 'direct' for mixed batches"
-            )
-        sample_scr(scorer, transcript, rule, _draws(options, len(rows), device), options.scr)
-    else:
-        plain = _plain_min_p(rows, min_p, device) if sampling else None
-
-        def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            scores = processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
-            return scores if plain is None else _keep_likely(scores, plain[transcript.alive])
-
-        sample_direct(
-            scorer,
-            transcript,
-            rule,
-            _draws(options, len(rows), device) if sampling else None,
-            process=process if len(processors) or plain is not None else None,
-            carry=options.carry,
-        )
+    transcript.stats.notes.extend(options.notes)
+    sampler = options.sampler
+    if sampler in ("scr", "mixture", "token_rs") and not config.do_sample:
+        transcript.stats.notes.append(f"{sampler} without sampling is greedy decoding of the target: by `direct`")
+        sampler = "direct"
+    call = _Call(patch, rows, prompt, options, config, processors, transcript)
+    call.run(sampler)
+    _report_clamping(call.rule, transcript.stats)
     if streamer is not None:
         streamer.end()
     sequences = transcript.sequences(_pad_id(config))
@@ -167,32 +221,6 @@ def decode(
     output = PersonaGenerateOutput(sequences=sequences)  # type: ignore[arg-type]
     output.stats = transcript.stats
     return output
-
-
-class StopStrings:
-    """Ends a row whose last token completes one of the strings.
-
-    transformers' `StopStringCriteria` tabulates the vocabulary first, which takes seconds for large ones and fails for
-    word-level tokenizers; decoding the end of the row needs neither.
-    """
-
-    def __init__(self, tokenizer: Any, strings: str | Sequence[str]) -> None:
-        self._decode = tokenizer.decode
-        self._strings = [strings] if isinstance(strings, str) else list(strings)
-        if not all(isinstance(string, str) and string for string in self._strings):
-            raise PersonafastError("stop_strings: a string is empty; leave it out")
-        # No token is shorter than a byte, so this many hold any of the strings, wherever it begins in a token.
-        self._window = max(len(string.encode()) for string in self._strings) + 1
-
-    def __call__(self, ids: torch.Tensor, scores: Any = None) -> torch.Tensor:
-        """Which rows of ids [b, l] end."""
-        return torch.tensor([self._completes(row) for row in ids[:, -self._window :].tolist()], device=ids.device)
-
-    def _completes(self, ids: list[int]) -> bool:
-        text, before = self._decode(ids), self._decode(ids[:-1])
-        if not text.startswith(before):  # the last token changed how those before it are written
-            return any(text.count(string) > before.count(string) for string in self._strings)
-        return any(text.find(string, max(0, len(before) - len(string) + 1)) >= 0 for string in self._strings)
 
 
 def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -208,18 +236,29 @@ def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> li
 
 
 def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, device: torch.device) -> Rule:
-    count = max(len(row.weights) for row in rows)
+    count = max(len(row.members) for row in rows)
     weights = torch.zeros(len(rows), count, dtype=torch.float32)
     for index, row in enumerate(rows):
         weights[index, : len(row.weights)] = torch.tensor(row.weights, dtype=torch.float32)
-    thresholds = [_threshold(row, min_p) if row.policies else 0.0 for row in rows]
-    codes = [int(Aggregator[row.aggregator.upper()]) for row in rows]
+    # Without policies there is nothing to join, and the geometric rule is the one that takes a base as it is.
+    names = [row.aggregator if row.policies else "geometric" for row in rows]
+    functions = [None if isinstance(name, str) else name for name in names]
+    codes = [_code(name) if isinstance(name, str) else int(Aggregator.GEOMETRIC) for name in names]
+    exponents = [_POWERS.get(name, row.p) if isinstance(name, str) else 1.0 for name, row in zip(names, rows, strict=True)]
+    bases = [-1 if row.base is None else len(row.policies) for row in rows]
     return Rule(
         weights.to(device),
         torch.tensor(codes, dtype=torch.int32, device=device),
-        torch.tensor(thresholds, dtype=torch.float32, device=device),
+        torch.tensor([_threshold(row, min_p) if row.members else 0.0 for row in rows], device=device),
         policy_temperature,
+        torch.tensor(exponents, dtype=torch.float32, device=device),
+        torch.tensor(bases, device=device) if max(bases) >= 0 else None,
+        functions if any(functions) else None,
     )
+
+
+def _code(aggregator: str) -> int:
+    return int(Aggregator["POWER" if aggregator in _POWERS else aggregator.upper()])
 
 
 def _threshold(row: Row, min_p: float | None) -> float:
@@ -228,7 +267,7 @@ def _threshold(row: Row, min_p: float | None) -> float:
 
 def _plain_min_p(rows: Sequence[Row], min_p: float | None, device: torch.device) -> torch.Tensor | None:
     """Min-p [B] of the rows that are one model: there it comes last, after the temperature, as in stock generate."""
-    thresholds = [0.0 if row.policies else _threshold(row, min_p) for row in rows]
+    thresholds = [0.0 if row.members else _threshold(row, min_p) for row in rows]
     return torch.tensor(thresholds, dtype=torch.float32, device=device) if any(thresholds) else None
 
 
@@ -261,16 +300,44 @@ def _draws(options: Options, rows: int, device: torch.device) -> Draws:
     return Draws(torch.tensor(seeds, dtype=torch.long, device=device))
 
 
-def _only_temperature(processors: LogitsProcessorList) -> float:
+def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
     temperature = 1.0
     for processor in processors:
         if not isinstance(processor, TemperatureLogitsWarper):
             raise PersonafastError(
-                f"sampler: 'scr' scores chunks and cannot apply {type(processor).__name__} to them; turn it off "
+                f"sampler: {sampler!r} has its target at chunk level, where {type(processor).__name__} cannot act; turn it off "
                 "(top_k=0, top_p=1.0, ...) or use sampler='direct'"
             )
         temperature *= float(processor.temperature)
     return temperature
+
+
+def other_warper(processors: Sequence[Any]) -> str | None:
+    """The name of a processor that cannot act on a chunk-level target, if there is one."""
+    others = (p for p in processors if not isinstance(p, (TemperatureLogitsWarper, MinPLogitsWarper)))
+    return next((type(p).__name__ for p in others), None)
+
+
+def _as_mixture(rule: Rule) -> Rule:
+    """Rows without policies speak as the one member that stands for them."""
+    weights = rule.weights if rule.weights.shape[1] else rule.weights.new_zeros(rule.weights.shape[0], 1)
+    alone = (weights == 0).all(dim=1)
+    weights[alone, 0] = 1.0
+    rule.weights = weights
+    rule.aggregator = torch.where(alone, int(Aggregator.LINEAR), rule.aggregator)
+    return rule
+
+
+def _report_clamping(rule: Rule, stats: GenerationStats) -> None:
+    if not rule.clamped.places:
+        return
+    stats.clamped_share = rule.clamped.share / rule.clamped.places
+    warnings.warn(
+        "personas: a negative weight under the linear rule makes the target negative in places, where it was set to 0: "
+        f"{stats.clamped_share:.1%} of its mass (stats.clamped_share). Such a target does not compose from token to "
+        "token; use aggregator='geometric' to subtract a trait",
+        stacklevel=2,
+    )
 
 
 def _eos_ids(config: Any) -> list[int]:

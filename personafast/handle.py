@@ -6,29 +6,29 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from personafast.density.prompting import SystemPrompts
+from personafast.cast import Cast
+from personafast.density.auto import Call, choose
 from personafast.density.scr import ScrOptions
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
 from personafast.models.patch import Patch
-from personafast.models.rows import NOBODY, RowSlots
+from personafast.options import Options
 from personafast.persona import Persona
-from personafast.vectors.blend import blend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from personafast.generate import Options, PersonaGenerateOutput, Row
+    from personafast.generate import PersonaGenerateOutput
+    from personafast.policies import PolicySet
 
 _MARK = "_personafast_handle"
-# Merged policies kept in the banks; each holds the concatenated ranks of what it merges.
-_MERGED = 8
 # Arguments transformers prepares for a decoding loop that this one makes anew.
 _PREPARED = {"attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -38,6 +38,7 @@ def attach(
     library: PersonaLibrary | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    policies: PolicySet | None = None,
     max_personas: int = 64,
     keep_dense: bool = True,
 ) -> PersonaHandle:
@@ -50,6 +51,8 @@ def attach(
         model: a transformers causal LM of any family whose blocks can be found by structure, PEFT-wrapped or not.
         library: vectors, masks and policies; may be left out when only `Persona(prompts=...)` is used.
         tokenizer: needed for prompt personas and stop strings; taken from the model's own folder when left out.
+        policies: policies in memory (adapters of a live PEFT model, separate models, prompts) that personas may name
+            beside those of the library; their reference must be this model.
         max_personas: most different vector blends in one call; their bank holds that many rows a steered block.
         keep_dense: False keeps of the masked linears only what the library's one mask keeps, 9 bits a weight at 16 bit
             and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back. What is saved
@@ -80,8 +83,10 @@ def attach(
             f"keep_dense: the library has {len(library.masks)} masks, and keep_dense=False keeps the weights of one; "
             "make a library with that mask alone"
         )
+    if policies is not None and model is not policies.model and model is not policies.reference:
+        raise PersonafastError("policies: their reference is another model; attach to the one they were made from")
     only_mask = None if keep_dense else next(iter(library.masks))
-    return PersonaHandle(model, library, tokenizer, Patch(model, parts, max_personas), only_mask)
+    return PersonaHandle(model, library, tokenizer, Patch(model, parts, max_personas), policies, only_mask)
 
 
 class PersonaHandle:
@@ -93,26 +98,23 @@ class PersonaHandle:
     """
 
     def __init__(
-        self, model: nn.Module, library: PersonaLibrary, tokenizer: Any, patch: Patch, only_mask: str | None = None
+        self,
+        model: nn.Module,
+        library: PersonaLibrary,
+        tokenizer: Any,
+        patch: Patch,
+        policies: PolicySet | None = None,
+        only_mask: str | None = None,
     ) -> None:
         self.model = model
         self.library = library
         self._tokenizer = tokenizer
-        self._patch = patch
         self._only_mask = only_mask
-        self._kept = None if only_mask is None else library.masks[only_mask]
-        self._prompts: SystemPrompts | None = None
-        self._mask_slots: dict[str, int] = {}
-        self._adapter_names: list[str] = []
-        self._merged: dict[tuple[tuple[str, float], ...], int] = {}
-        self._seen: int | None = None
+        self._cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer)
         self._forward_rows: contextlib.ExitStack | None = None
         self._hooks: list[Any] = []
         try:
-            patch.install()
-            if only_mask is not None:
-                patch.compress(library.masks[only_mask].words)
-            self._refresh()
+            self._cast.install()
             self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
             self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
             model.__dict__[_MARK] = self
@@ -152,7 +154,7 @@ class PersonaHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        lost = self._patch.remove()
+        lost = self._cast.remove()
         self.model.__dict__.pop(_MARK, None)
         if lost:
             warnings.warn(
@@ -172,7 +174,7 @@ class PersonaHandle:
             PersonafastError: a persona has policies or prompts, or names something the library lacks.
         """
         self._check_attached()
-        with self._patch.rows(self._plain_rows(personas)):
+        with self._cast.patch.rows(self._cast.plain_rows(personas)):
             yield self
 
     def bind(self, **options: Any) -> functools.partial[Any]:
@@ -198,7 +200,9 @@ class PersonaHandle:
         min_p: float | None = None,
         policy_temperature: float = 1.0,
         carry: bool = False,
-        chunk: int = 4,
+        chunk: int | None = None,
+        draft: Any = "auto",
+        retries: int = 64,
         scr_options: ScrOptions | None = None,
         stop_strings: str | Sequence[str] | None = None,
         streamer: Any = None,
@@ -216,17 +220,34 @@ class PersonaHandle:
             stopping_criteria: criteria beside length and EOS.
             generation_config: the call's settings.
             personas: one a row (None for the plain model), or one for all rows.
-            sampler: "direct" draws every token from the target exactly; "scr" proposes chunks (arXiv 2511.01891,
-                approximate); "merge" adds the policies' weights into one model, the baseline without ratios.
+            sampler: how to draw from the target.
+
+                - "direct": every token exactly, one forward pass over reference and policies each.
+                - "verify", "block": a draft of `chunk` tokens is scored at once, and as much of it stands as keeps the
+                  text exact, token by token (arXiv 2211.17192) or as a block (arXiv 2403.10444), which keeps more.
+                - "mixture": the linear rule. One policy, drawn by the weights, writes `chunk` tokens, or with `carry`
+                  the whole text; exact for that chunk-level target. min_p acts on the policy that speaks.
+                - "token_rs": exact rejection sampling token by token, the baseline of arXiv 2511.01891.
+                - "scr": that paper's chunks, approximate: the bound is estimated (`scr_options`).
+                - "merge": the policies' weight updates added into one model, the baseline without ratios.
+                - "auto": the cheapest exact one; `stats.notes` says why.
+
             seed: seed of the call; row r uses a hash of it and r. Default: drawn from torch's generator.
             seeds: the rows' own seeds instead.
             min_p: support mask of every row: keep a token whose probability under at least one member is at least
                 this share of that member's largest. Default 0.05 for rows with policies or prompts, 0 for others.
                 Rows that are one model (no ratios, or "merge") have stock min-p, after the temperature.
             policy_temperature: divides the logits of every member before the ratios; `temperature` acts on the target.
-            carry: for the linear rule: one policy speaks the whole text.
-            chunk: tokens a proposal of "scr".
-            scr_options: all of its open parameters; overrides `chunk`.
+            carry: the ratios are those of the whole text so far, not of the next token alone. Under the linear rule one
+                policy then speaks the whole text; the geometric rule is the same either way.
+            chunk: tokens drafted by "verify" and "block" (default 8), spoken by one policy in "mixture" (default 1,
+                the token-level target), proposed by "scr" (default 4). Only for the last two does the target depend
+                on it.
+            draft: what "verify" and "block" draft with: "reference" (or the persona's base), "merge", "ngram" (words
+                that followed the last ones earlier in the row), a small model with the same vocabulary, or a `Drafter`.
+                Any draft leaves the target as it is. "auto" takes the merge where the policies can be merged.
+            retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
+            scr_options: all of the open parameters of "scr"; overrides `chunk` there.
             stop_strings: texts that end a row.
             streamer: a transformers streamer; give it through `bind`, `model.generate` keeps its own to itself.
             prepared: what transformers prepares for a decoding loop; `attention_mask` is used.
@@ -237,49 +258,78 @@ class PersonaHandle:
         Raises:
             PersonafastError: naming the argument and the mend.
         """
-        from personafast.generate import Options, StopStrings, decode, row_prompts
+        from personafast.density.stopping import StopStrings
+        from personafast.generate import decode, row_prompts
 
         self._check_call(model, generation_config, prepared)
-        options = Options(
-            sampler, seed, seeds, min_p, policy_temperature, carry, scr_options or ScrOptions(chunk=chunk)
-        )
+        processors = logits_processor if logits_processor is not None else []
+        scr = scr_options or (ScrOptions() if chunk is None else ScrOptions(chunk=chunk))
+        options = Options(sampler, seed, seeds, min_p, policy_temperature, carry, chunk, draft, retries, scr)
         criteria = list(stopping_criteria or ())
         if stop_strings:
             criteria.append(StopStrings(self.tokenizer, stop_strings))
         prompts = row_prompts(input_ids, prepared.get("attention_mask"))
-        spread = self._spread(personas, len(prompts), generation_config.num_return_sequences or 1)
-        return decode(
-            self._patch,
-            self._rows(spread, prompts, options),
-            input_ids,
-            options,
-            generation_config,
-            logits_processor if logits_processor is not None else [],
-            criteria,
-            streamer,
-        )
+        spread = self._cast.spread(personas, len(prompts), generation_config.num_return_sequences or 1)
+        options = self._settle(options, spread, processors, generation_config)
+        with self._speaking(options.draft) as drafting:
+            return decode(
+                self._cast.patch,
+                self._cast.rows(spread, prompts, options.sampler, drafting),
+                input_ids,
+                options,
+                generation_config,
+                processors,
+                criteria,
+                streamer,
+            )
+
+    def _settle(
+        self, options: Options, personas: Sequence[Persona | None], processors: Sequence[Any], config: Any
+    ) -> Options:
+        """Decide what the caller left open."""
+        given = [persona for persona in personas if persona is not None and persona.has_ratios]
+        mergeable = bool(given) and all(self._cast.mergeable(persona) for persona in given)
+        if options.sampler == "auto":
+            from personafast.generate import other_warper
+
+            call = Call(
+                rows=len(personas),
+                members=1 + max((len(p.policies) + len(p.prompts) for p in given), default=0),
+                ratios=bool(given),
+                separate=any(self._cast.separate(persona) for persona in given),
+                mixture=all(_is_mixture(persona) for persona in given),
+                sampling=bool(config.do_sample),
+                other_warpers=other_warper(processors),
+                mergeable=mergeable,
+            )
+            choice = choose(call)
+            options = replace(options, sampler=choice.sampler, notes=(choice.why,))
+        if options.sampler in ("verify", "block"):
+            if isinstance(options.draft, str) and options.draft == "auto":
+                options = replace(options, draft="merge" if mergeable else "reference")
+        elif options.sampler != "merge":
+            options = replace(options, draft="reference")
+        return options
+
+    @contextlib.contextmanager
+    def _speaking(self, draft: Any) -> Iterator[Any]:
+        """Let the models speak without PEFT's own adapters, and the draft model, if one is given, through a patch."""
+        with contextlib.ExitStack() as stack:
+            if self._cast.policies is not None:
+                stack.enter_context(self._cast.policies.bypass())
+            if isinstance(draft, nn.Module):
+                own = self._cast.patch_of(draft)
+                if own is None:
+                    own = Patch(draft, anatomy(draft), 1)
+                    stack.callback(own.remove)
+                    own.install()
+                _check_vocabulary(own, self._cast.patch)
+                draft = own
+            yield draft
 
     def _check_attached(self) -> None:
         if self.model.__dict__.get(_MARK) is not self:
             raise PersonafastError("personas: this handle is detached; attach again")
-
-    def _refresh(self) -> None:
-        """Fill the banks with the masks and policies that are in the library now."""
-        if self._seen == self.library.version:
-            return
-        self.library.check(self._patch.parts)
-        if self._only_mask is not None and self.library.masks[self._only_mask] is not self._kept:
-            raise PersonafastError(
-                f"masks[{self._only_mask!r}]: another mask now, but only the weights of the one before were kept "
-                "(keep_dense=False); load the model again and attach"
-            )
-        self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
-        self._adapter_names = sorted(self.library.policies)
-        self._merged = {}
-        if self._only_mask is None:
-            self._patch.set_masks(self._mask_banks())
-        self._fill_adapters()
-        self._seen = self.library.version
 
     def _check_call(self, model: Any, config: Any, prepared: dict[str, Any]) -> None:
         self._check_attached()
@@ -302,94 +352,6 @@ class PersonaHandle:
         if other:
             raise PersonafastError(f"{other[0]}: not supported with personas; leave it out")
 
-    def _spread(
-        self, personas: Persona | Sequence[Persona | None] | None, rows: int, repeats: int = 1
-    ) -> list[Persona | None]:
-        """One persona a row, from one for all, one a row, or one for each `repeats` rows that follow each other."""
-        self._refresh()
-        given = list(personas) if isinstance(personas, Sequence) else [personas]
-        if len(given) not in {1, rows, rows // repeats}:
-            raise PersonafastError(
-                f"personas: {len(given)} given for {rows // repeats} rows; give one a row (None for the plain model)"
-            )
-        for persona in given:
-            if persona is not None:
-                if not isinstance(persona, Persona):
-                    raise PersonafastError(f"personas: expected Persona or None, got {type(persona).__name__}")
-                self.library.check_persona(persona)
-            if self._only_mask is not None and (persona is None or persona.mask != self._only_mask):
-                raise PersonafastError(
-                    f"personas: {persona} does not speak through mask {self._only_mask!r}, but only its weights were "
-                    f"kept (keep_dense=False); give Persona(mask={self._only_mask!r}) or attach with keep_dense=True"
-                )
-        # num_return_sequences repeats each row in place.
-        return [persona for persona in given for _ in range(rows // len(given))]
-
-    def _rows(self, personas: Sequence[Persona | None], prompts: Sequence[list[int]], options: Options) -> list[Row]:
-        if options.sampler == "merge":
-            self._merge_all([persona for persona in personas if persona is not None])
-        vectors = self._vector_slots(personas)
-        return [
-            self._row(persona or Persona(), prompt, vector, options.sampler == "merge")
-            for persona, prompt, vector in zip(personas, prompts, vectors, strict=True)
-        ]
-
-    def _row(self, persona: Persona, prompt: list[int], vector: int, merge: bool) -> Row:
-        from personafast.density.model_scorer import Member
-        from personafast.generate import Row
-
-        mask = self._mask_slot(persona)
-        if merge:
-            key = _merge_key(persona)
-            adapter = self._merged[key] if key else NOBODY
-            return Row(Member(prompt, vector, mask, adapter), (), (), persona.aggregator, persona.has_ratios)
-        members, weights = [], []
-        for name, weight in persona.policies.items():
-            if weight:
-                members.append(Member(prompt, vector, mask, self._adapter_names.index(name)))
-                weights.append(weight)
-        for text, weight in persona.prompts.items():
-            if weight:
-                members.append(Member(self._system_prompts().insert(prompt, text), vector, mask, NOBODY))
-                weights.append(weight)
-        reference = Member(prompt, vector, mask, NOBODY)
-        return Row(reference, members, weights, persona.aggregator, persona.has_ratios)
-
-    def _vector_slots(self, personas: Sequence[Persona | None]) -> list[int]:
-        slots: list[int] = []
-        in_use = self._patch.vector_slots
-        for persona in personas:
-            if persona is None or not any(persona.vectors.values()):
-                slots.append(NOBODY)
-                continue
-            # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
-            content = tuple((self.library.vectors[name], c) for name, c in sorted(persona.vectors.items()))
-            slot = self._patch.vectors.slot(
-                (content, persona.blocks),
-                functools.partial(blend, self.library.vectors, persona.vectors, blocks=persona.blocks),
-                in_use,
-            )
-            in_use.add(slot)
-            slots.append(slot)
-        return slots
-
-    def _mask_slot(self, persona: Persona) -> int:
-        # A mask whose weights are all there is needs no slot.
-        if persona.mask is None or self._only_mask is not None:
-            return NOBODY
-        return self._mask_slots[persona.mask]
-
-    def _plain_rows(self, personas: Sequence[Persona | None]) -> RowSlots:
-        given = self._spread(personas, len(personas))
-        for persona in given:
-            if persona is not None and persona.has_ratios:
-                raise PersonafastError(
-                    "personas: policies and prompts act through generate(custom_generate=personas.generate); a plain "
-                    "forward pass takes vectors and masks only"
-                )
-        masks = [NOBODY if persona is None else self._mask_slot(persona) for persona in given]
-        return RowSlots.of(self._vector_slots(given), masks, [NOBODY] * len(given))
-
     def _before_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         personas = kwargs.pop("personas", None)
         if personas is None:
@@ -403,57 +365,16 @@ class PersonaHandle:
             rows, self._forward_rows = self._forward_rows, None
             rows.close()
 
-    def _system_prompts(self) -> SystemPrompts:
-        if self._prompts is None:
-            self._prompts = SystemPrompts(self.tokenizer)
-        return self._prompts
 
-    def _mask_banks(self) -> dict[str, torch.Tensor]:
-        masks = [self.library.masks[name] for name in self._mask_slots]
-        banks = {}
-        for path in sorted({path for mask in masks for path in mask.words}):
-            shape = next(mask.words[path] for mask in masks if path in mask.words)
-            # All bits set: a mask that leaves this linear alone keeps every weight of it.
-            banks[path] = torch.stack([mask.words.get(path, torch.full_like(shape, -1)) for mask in masks])
-        return banks
-
-    def _fill_adapters(self) -> None:
-        adapters = [
-            {path: (f.a, f.b, f.scale) for path, f in self.library.policies[name].factors.items()}
-            for name in self._adapter_names
-        ]
-        for key in self._merged:
-            adapters.append(self._merge(key))
-        self._patch.set_adapters(adapters)
-
-    def _merge_all(self, personas: Sequence[Persona]) -> None:
-        """See that every persona's merged policy is in the banks; the oldest ones leave when they are too many."""
-        for persona in personas:
-            if any(persona.prompts.values()):
-                raise PersonafastError("sampler: 'merge' adds weights, and prompts have none; use 'direct'")
-        needed = [key for key in dict.fromkeys(_merge_key(persona) for persona in personas) if key]
-        if all(key in self._merged for key in needed):
-            return
-        kept = [key for key in self._merged if key not in needed]
-        keys = kept[max(0, len(kept) + len(needed) - _MERGED) :] + needed
-        self._merged = {key: len(self._adapter_names) + slot for slot, key in enumerate(keys)}
-        self._fill_adapters()
-
-    def _merge(self, key: tuple[tuple[str, float], ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-        """sum_i alpha_i s_i B_i A_i as one adapter: A and B side by side, so nothing is approximated."""
-        paths = sorted({path for name, _ in key for path in self.library.policies[name].factors})
-        merged = {}
-        for path in paths:
-            parts = [
-                (self.library.policies[name].factors[path], weight)
-                for name, weight in key
-                if path in self.library.policies[name].factors
-            ]
-            a = torch.cat([f.a.float() for f, _ in parts])
-            b = torch.cat([f.b.float() * (weight * f.scale) for f, weight in parts], dim=1)
-            merged[path] = (a, b, 1.0)
-        return merged
+def _is_mixture(persona: Persona) -> bool:
+    weights = [*persona.policies.values(), *persona.prompts.values()]
+    return persona.aggregator == "linear" and persona.base is None and min(weights) >= 0
 
 
-def _merge_key(persona: Persona) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted((name, weight) for name, weight in persona.policies.items() if weight))
+def _check_vocabulary(draft: Patch, target: Patch) -> None:
+    sizes = [patch.parts.shape.vocab_size for patch in (draft, target)]
+    if sizes[0] != sizes[1]:
+        raise PersonafastError(
+            f"draft: the model has a vocabulary of {sizes[0]} tokens, the reference one of {sizes[1]}; give one that "
+            "shares the reference's tokenizer"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,14 @@ class PersonaLibrary:
         for name, mask in self._masks.items():
             _fit_mask(name, mask, parts)
 
-    def check_persona(self, persona: Persona) -> None:
-        """Raise `PersonafastError` when the persona names something that is not in the library."""
+    def check_persona(self, persona: Persona, policies: Collection[str] = ()) -> None:
+        """Raise `PersonafastError` when the persona names what is neither in the library nor among `policies`."""
+        all_policies = {*self._policies, *policies}
         for what, asked, known in (
-            ("vector", persona.vectors, self._vectors),
-            ("policy", persona.policies, self._policies),
-            ("mask", [persona.mask] if persona.mask else [], self._masks),
+            ("vector", persona.vectors, set(self._vectors)),
+            ("policy", persona.policies, all_policies),
+            ("policy", [persona.base] if persona.base else [], all_policies),
+            ("mask", [persona.mask] if persona.mask else [], set(self._masks)),
         ):
             for name in asked:
                 if name not in known:

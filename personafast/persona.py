@@ -9,7 +9,7 @@ from typing import Any
 
 from personafast.errors import PersonafastError
 
-# The rules, and the divergences whose regularised optimum they are (MOD, arXiv 2406.18853, table 1).
+# The rules, and the divergences whose regularised optimum they are (MOD, arXiv 2406.18853).
 AGGREGATORS = ("geometric", "linear", "harmonic", "power", "jensen_shannon", "min", "max")
 DIVERGENCES = {
     "reverse_kl": "geometric",
@@ -54,14 +54,14 @@ class Persona:
 
             - "geometric", or "reverse_kl": prod r_i^alpha_i. Blends; the only rule whose strength grows with the sum of
               the weights, and for which they may be negative without loss.
-            - "linear", or "chi_squared": sum alpha_i r_i, a mixture that speaks as one persona at a time. Where negative
-              weights make it negative it is 0: a warning says so, and `stats.clamped_share` how much that was.
+            - "linear", or "chi_squared": sum alpha_i r_i, a mixture that speaks as one persona at a time. Where
+              negative weights make it negative it is 0: a warning says so, and `stats.clamped_share` how much that was.
             - "power" with the exponent `p`, or "alpha_divergence" with p = -alpha: (sum w_i r_i^p)^(1/p).
             - "harmonic", or "forward_kl": the power mean of exponent -1.
             - "jensen_shannon", or "jsd": s / (1 - s), log s = sum w_i log(r_i / (1 + r_i)).
             - "min", "max": the limits of the power means; weights say only who takes part.
-            - a function of (log r, float32 [N, ...], and alpha, float32 [N], the members of non-zero weight in the order
-              policies, prompts) that gives log g, [...]; the places do not depend on each other.
+            - a function of log r, float32 [N, ...], and alpha, float32 [N], of the members of non-zero weight in the
+              order policies, prompts, that gives log g, [...]; the places must not depend on each other.
         p: exponent of "power"; any finite number, 0 being the geometric mean of normalised weights.
         base: name of a policy that takes the reference's place in front of g, b(y) g(r(y)) / Z, while the ratios keep
             theirs: a specialised reference. It also proposes where a sampler proposes from the reference.
@@ -122,5 +122,5 @@ class Persona:
 
     @property
     def has_ratios(self) -> bool:
-        """Whether a policy or a prompt of non-zero weight takes part, so that generation needs density ratios."""
-        return any(self.policies.values()) or any(self.prompts.values())
+        """Whether a policy, a prompt of non-zero weight or a base takes part, which needs more than one forward pass."""
+        return any(self.policies.values()) or any(self.prompts.values()) or self.base is not None

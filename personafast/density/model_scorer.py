@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from personafast.density.group import Group
 from personafast.density.transcript import GenerationStats
+from personafast.errors import PersonafastError
 from personafast.models.patch import Patch
 
 
@@ -20,6 +21,7 @@ class Member:
         prompt: its token ids; members of one row may differ in it.
         vector, mask, adapter: slots of the model's banks, -1 for none.
         patch: the model with its banks; None for the one the scorer was made for.
+        name: what an error calls it.
     """
 
     prompt: list[int]
@@ -27,6 +29,7 @@ class Member:
     mask: int
     adapter: int
     patch: Patch | None = None
+    name: str = field(default="the reference", compare=False)
 
 
 class _Seats:
@@ -37,6 +40,7 @@ class _Seats:
         self._members: list[Member] = []
         self._row: list[int] = []
         self._index: list[int] = []
+        self._checked = False
 
     def add(self, member: Member, row: int, index: int) -> None:
         """Seat a member: policy `index` of `row`, or -1 for its reference."""
@@ -56,6 +60,19 @@ class _Seats:
         )
         self.row = torch.tensor(self._row, dtype=torch.long, device=device)
         self.index = torch.tensor(self._index, dtype=torch.long, device=device)
+
+    def logits(self, draft: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits of the members after the rows' drafts, [F, keep, V]; the first ones of all must be numbers."""
+        logits = self.group.logits(draft[self.row], keep)
+        if not self._checked:
+            self._checked = True
+            bad = (logits.isnan() | (logits == torch.inf)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            if bad:
+                raise PersonafastError(
+                    f"{self._members[bad[0]].name}: its logits are not finite (row {self._row[bad[0]]} of the batch); "
+                    "load the model in a wider dtype, or look for NaN in its weights"
+                )
+        return logits
 
     def place(self, logits: torch.Tensor, reference: torch.Tensor | None, policies: torch.Tensor) -> None:
         """Put the group's logits [F, j, V] where they belong in [B, j, V] and [N, B, j, V]."""
@@ -143,7 +160,7 @@ class ModelScorer:
         of_reference: torch.Tensor | None = None
         policies: torch.Tensor | None = None
         for seats in self._joint:
-            logits = seats.group.logits(draft[seats.row], places)
+            logits = seats.logits(draft, places)
             shape = (self._rows, *logits.shape[1:])
             if self._regular:
                 own = logits.shape[0] - self._count * self._rows
@@ -173,7 +190,7 @@ class ModelScorer:
             speaking = seats.index == member[seats.row]
             if not bool(speaking.any()):
                 continue
-            logits = seats.group.logits(draft[seats.row], 1)[:, 0]
+            logits = seats.logits(draft, 1)[:, 0]
             out = logits.new_zeros(self._rows, logits.shape[1]) if out is None else out
             out[seats.row[speaking]] = logits[speaking]
         assert out is not None
@@ -211,7 +228,7 @@ class ModelScorer:
     def _spread(self, all_seats: Sequence[_Seats], draft: torch.Tensor, keep: int) -> torch.Tensor:
         out: torch.Tensor | None = None
         for seats in all_seats:
-            logits = seats.group.logits(draft[seats.row], keep)
+            logits = seats.logits(draft, keep)
             if len(all_seats) == 1:
                 return logits
             out = logits.new_zeros(self._rows, *logits.shape[1:]) if out is None else out

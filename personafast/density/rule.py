@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,14 @@ from personafast.ops import Aggregator
 
 # log g of log ratios: (log_ratios float32 [N, ..., ], weights float32 [N]) -> [...], N the members of non-zero weight.
 Custom = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Clamped:
+    """What negative weights under the linear rule took from targets: the sum of shares, and over how many places."""
+
+    share: float = 0.0
+    places: int = 0
 
 
 @dataclass
@@ -28,6 +36,7 @@ class Rule:
         base: int64 [B], index of the policy that stands for b; -1, or None for all rows, where b is the reference
             pi_0 itself. A base takes part in no ratio: its weight is 0.
         custom: a function a row in place of the aggregator, or None.
+        clamped: counts what was clamped; shared with every selection of rows.
     """
 
     weights: torch.Tensor
@@ -37,6 +46,12 @@ class Rule:
     p: torch.Tensor | None = None
     base: torch.Tensor | None = None
     custom: Sequence[Custom | None] | None = None
+    clamped: Clamped = field(default_factory=Clamped)
+
+    def __post_init__(self) -> None:
+        # Weights do not change while a text is written, so whether any may clamp is settled here.
+        linear = (self.aggregator == int(Aggregator.LINEAR))[:, None]
+        self._may_clamp = bool((linear & (self.weights < 0)).any())
 
     @property
     def trivial(self) -> bool:
@@ -67,6 +82,8 @@ class Rule:
         target = ops.aggregate_logits(
             reference, policies, weights, carried, self.aggregator, self._exponents(), self.min_p
         )
+        if self._may_clamp:
+            self._count_clamped(policies, carried)
         for row, function in self._customs():
             target[row] = self._custom_target(row, function, reference, policies, carried)
         if self.base is not None:
@@ -134,10 +151,23 @@ class Rule:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
-        self.__dict__.update(self.select(rows).__dict__)
+        self.__dict__.update(vars(self.select(rows)))
 
     def _exponents(self) -> torch.Tensor:
         return torch.ones_like(self.min_p) if self.p is None else self.p
+
+    def _count_clamped(self, policies: torch.Tensor, carried: torch.Tensor | None) -> None:
+        """The mass below zero of sum_i w_i e^carried_i pi_i, as a share of all its mass by magnitude."""
+        negative = (self.weights < 0).any(dim=1) & (self.aggregator == int(Aggregator.LINEAR))
+        rows = negative.nonzero().flatten()
+        log_weights = self.weights[rows].abs().log()
+        if carried is not None:
+            log_weights = log_weights + carried[rows]
+        factors = self.weights[rows].sign() * log_weights.log_softmax(dim=1).exp()
+        total = (factors.t()[:, :, None] * policies[:, rows].float().softmax(dim=-1)).sum(dim=0)
+        share = total.clamp(max=0).abs().sum(dim=1) / total.abs().sum(dim=1)
+        self.clamped.share += float(share.sum())
+        self.clamped.places += rows.numel()
 
     def _customs(self) -> list[tuple[int, Custom]]:
         return [(row, function) for row, function in enumerate(self.custom or ()) if function is not None]
