@@ -31,7 +31,8 @@ T* at(uintptr_t address) {
 
 int64_t aggregate_logits(uintptr_t out, uintptr_t ref, int64_t ref_stride, uintptr_t policies, int64_t policy_stride_n,
                          int64_t policy_stride_b, uintptr_t weights, uintptr_t carried, uintptr_t aggregator,
-                         uintptr_t min_p, int64_t rows, int64_t members, int64_t vocabulary, int dtype, int threads) {
+                         uintptr_t p, uintptr_t min_p, int64_t rows, int64_t members, int64_t vocabulary, int dtype,
+                         int threads) {
   const AggregateLogitsArgs args = {at<float>(out),
                                     at<const void>(ref),
                                     ref_stride,
@@ -41,6 +42,7 @@ int64_t aggregate_logits(uintptr_t out, uintptr_t ref, int64_t ref_stride, uintp
                                     at<const float>(weights),
                                     at<const float>(carried),
                                     at<const int32_t>(aggregator),
+                                    at<const float>(p),
                                     at<const float>(min_p),
                                     rows,
                                     members,
@@ -57,9 +59,10 @@ void chunk_accept(uintptr_t out, uintptr_t scores, uintptr_t log_bound, uintptr_
 }
 
 int64_t chunk_scores(uintptr_t out, uintptr_t ref, uintptr_t policies, uintptr_t weights, uintptr_t carried,
-                     uintptr_t aggregator, int64_t rows, int64_t members, int64_t chunk) {
+                     uintptr_t aggregator, uintptr_t p, int64_t rows, int64_t members, int64_t chunk) {
   return chunk_scores_cpu({at<float>(out), at<const float>(ref), at<const float>(policies), at<const float>(weights),
-                           at<const float>(carried), at<const int32_t>(aggregator), rows, members, chunk});
+                           at<const float>(carried), at<const int32_t>(aggregator), at<const float>(p), rows, members,
+                           chunk});
 }
 
 void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }

@@ -61,10 +61,6 @@ class Rows {
       const bool member = members_.empty() || rest > kReferenceShare;
       members_.push_back({ref, 0.0f, rest, member ? floor : kInfinity});
     }
-    if (target()) return;
-    // No token is left.
-    mixture_ = false;
-    members_.assign(1, {ref, 0.0f, 1.0f, floor});
     target();
   }
 
@@ -160,8 +156,8 @@ class Rows {
     return false;
   }
 
-  // Writes the target of members_; false if it has no token.
-  bool target() {
+  // Writes the target of members_.
+  void target() {
     if (!weigh()) return fill_with_nan();
     const LogitsBlend blend = {out_,        members_.data(), static_cast<int64_t>(members_.size()),
                                args_.dtype, mixture_,        masked_};
@@ -192,21 +188,17 @@ class Rows {
       });
     });
     float norm = top(block_maxima_.data(), blocks_);
-    if (norm == -kInfinity) return false;
+    if (norm == -kInfinity) return;  // no token is left
     if (norm != norm) return fill_with_nan();
-    if (normalised) return true;
+    if (normalised) return;
     if (norm < kInfinity) norm = static_cast<float>(norm + log_sum(block_maxima_.data(), sums_.data(), norm));
     each_block(1, [&](int64_t block) {
       each_run(block,
                [&](int64_t first, int64_t last) { PERSONAFAST_RUN(isa_, logits_shift, out_, first, last, norm); });
     });
-    return true;
   }
 
-  bool fill_with_nan() {
-    std::fill(out_, out_ + args_.vocabulary, kNan);
-    return true;
-  }
+  void fill_with_nan() { std::fill(out_, out_ + args_.vocabulary, kNan); }
 
   const AggregateLogitsArgs& args_;
   const Isa isa_;

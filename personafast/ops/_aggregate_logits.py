@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _means
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
 from personafast.ops._library import FLOATS, check_dims, check_float, check_no_grad, check_shape, fail, register
 
@@ -64,10 +64,6 @@ def _check_min_p(min_p: torch.Tensor) -> bool:
     return any(values)
 
 
-def _supported(logp: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    return logp >= logp.amax(-1, keepdim=True) + min_p.float().log()[..., None]
-
-
 def reference(
     ref: torch.Tensor,
     policies: torch.Tensor,
@@ -78,23 +74,20 @@ def reference(
     min_p: torch.Tensor,
 ) -> torch.Tensor:
     """The specification of `aggregate_logits` in plain torch, row by row."""
-    rules_in_use(_OP, aggregator, weights)
+    rules_in_use(_OP, aggregator, weights, p)
     _check_min_p(min_p)
     out = torch.empty(ref.shape, dtype=torch.float32, device=ref.device)
     for row in range(ref.shape[0]):
+        rule = int(aggregator[row])
         logp0 = ref[row].float().log_softmax(0)
-        used = [i for i in range(policies.shape[0]) if weights[row, i] != 0]
-        weight = weights[row, used].float()
+        weight = weights[row].float()
+        used = [i for i in range(policies.shape[0]) if weight[i] != 0]
+        weight = weight[used]
         logps = [policies[i, row].float().log_softmax(0) for i in used]
-        members, normalised = logps, True
+        members, normalised = logps, False
         if not used:
-            members, target = [logp0], logp0
-        elif aggregator[row] == Aggregator.LINEAR:
-            log_mix = weight.log() if carried is None else weight.log() + carried[row, used].float()
-            if log_mix.logsumexp(0) > -math.inf:
-                log_mix = log_mix - log_mix.logsumexp(0)
-            target = (log_mix[:, None] + torch.stack(logps)).logsumexp(0)
-        else:
+            members, target, normalised = [logp0], logp0, True
+        elif rule == Aggregator.GEOMETRIC:
             rest = 1 - weight.sum()
             factors = [(w, logp) for w, logp in zip(weight, logps, strict=True)]
             if rest.abs() > REFERENCE_SHARE:
@@ -105,14 +98,34 @@ def reference(
             barred = torch.stack([logp == -math.inf for _, logp in factors]).any(0)
             target = torch.where(barred, -math.inf, target)
             normalised = len(factors) == 1 and bool(factors[0][0] == 1)
+        else:
+            share = weight / weight.abs().sum()
+            offset = torch.zeros_like(share) if carried is None else carried[row, used].float()
+            logs = torch.stack(logps)
+            if rule == Aggregator.JENSEN_SHANNON:
+                logs = logs + offset[:, None] - logp0
+            else:
+                # What all members have in common does not count.
+                common = (share.abs().log() + offset).logsumexp(0)
+                logs = logs + torch.where(common == -math.inf, -math.inf, offset - common)[:, None]
+                normalised = len(used) == 1 or (rule == Aggregator.LINEAR and bool((weight > 0).all()))
+            target = _means.join(
+                logs[:, None], share[:, None, None], aggregator[row : row + 1], p[row : row + 1], {rule}
+            )[0]
+            if rule == Aggregator.JENSEN_SHANNON:
+                target = torch.where(logp0 == -math.inf, -math.inf, logp0 + target)
+            if rule == Aggregator.LINEAR:
+                members = [logp for w, logp in zip(weight, logps, strict=True) if w > 0]
         if min_p[row] > 0:
-            support = torch.stack([_supported(logp, min_p[row]) for logp in members]).any(0)
+            support = torch.zeros_like(target, dtype=torch.bool)
+            for logp in members:
+                support |= logp >= logp.amax() + min_p[row].float().log()
             # NaN is in no support, and stays, lest the row pass for an empty one.
             target, normalised = torch.where(support | target.isnan(), target, -math.inf), False
-        if target.amax() == -math.inf:
-            target, normalised = torch.where(_supported(logp0, min_p[row]), logp0, -math.inf), False
-        out[row] = target if normalised else target - target.logsumexp(0)
-    return poison(out, aggregator)
+        if not normalised and target.amax() != -math.inf:
+            target = target - target.logsumexp(0)
+        out[row] = target
+    return poison(out, aggregator, weights, p)
 
 
 def _blend(logp0: torch.Tensor, logp: torch.Tensor, rest: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,14 +149,30 @@ def _without_infinity(logp: torch.Tensor) -> torch.Tensor:
     return torch.where(logp == -math.inf, 0.0, logp)
 
 
-def _mixture(logp: torch.Tensor, weight: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
-    """Log of sum_i m_i pi_i, m_i proportional to weight_i exp(carried_i); -inf everywhere if every m_i is 0."""
-    log_mix = weight.log()
-    if carried is not None:
-        log_mix = torch.where(weight == 0, -math.inf, log_mix + carried.float().T)
-    total = log_mix.logsumexp(0)
-    log_mix = torch.where(total == -math.inf, -math.inf, log_mix - total)
-    return (log_mix[:, :, None] + logp).logsumexp(0)
+def _join(
+    logp0: torch.Tensor,
+    logp: torch.Tensor,
+    weight: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    p: torch.Tensor,
+    rules: frozenset[int],
+) -> torch.Tensor:
+    """Target [B, V] of the rules whose weights [N, B] are normalised, up to its own normalisation."""
+    share = _means.normalised(weight)
+    jensen_shannon = (aggregator == int(Aggregator.JENSEN_SHANNON))[:, None]
+    offset = torch.zeros_like(weight) if carried is None else torch.where(weight == 0, -math.inf, carried.float().T)
+    # What all members have in common does not count, except beside the reference.
+    common = (share.abs().log() + offset).logsumexp(0)
+    shifted = torch.where(common == -math.inf, -math.inf, offset - common)
+    if int(Aggregator.JENSEN_SHANNON) not in rules:
+        return _means.join(logp + shifted[:, :, None], share[:, :, None], aggregator, p, rules)
+    # After a token that the reference excludes there is no ratio: such a token is excluded.
+    excluded = logp0 == -math.inf
+    base = torch.where(jensen_shannon & ~excluded, logp0, 0.0)
+    logs = logp + torch.where(jensen_shannon[:, 0], offset, shifted)[:, :, None] - base
+    joined = _means.join(logs, share[:, :, None], aggregator, p, rules)
+    return torch.where(jensen_shannon & excluded, -math.inf, joined + base)
 
 
 def _vectorised(
@@ -156,7 +185,7 @@ def _vectorised(
     min_p: torch.Tensor,
 ) -> torch.Tensor:
     on_cpu = ref.device.type == "cpu"
-    any_linear, any_geometric = rules_in_use(_OP, aggregator, weights)
+    rules = rules_in_use(_OP, aggregator, weights, p)
     any_min_p = _check_min_p(min_p)
     if ref.numel() == 0:
         return ref.new_empty(ref.shape, dtype=torch.float32)
@@ -168,34 +197,31 @@ def _vectorised(
     rest = torch.where(rest.abs() <= REFERENCE_SHARE, 0.0, rest)
     # A row without weights is the geometric blend with nothing but the reference in it, whatever its rule.
     geometric = absent.all(0) | (aggregator == int(Aggregator.GEOMETRIC))
-    any_geometric = any_geometric or not on_cpu or bool(geometric.any())
-
-    if any_geometric:
+    if rules == {int(Aggregator.GEOMETRIC)}:
         target = _blend(logp0, logp, rest, weight)
-        if any_linear:
-            target = torch.where(geometric[:, None], target, _mixture(logp, weight, carried))
     else:
-        target = _mixture(logp, weight, carried)
+        target = _join(logp0, logp, weight, carried, aggregator, p, rules)
+        if not on_cpu or bool(geometric.any()):
+            target = torch.where(geometric[:, None], _blend(logp0, logp, rest, weight), target)
 
     # One member at coefficient 1 is normalised already, and so is a mixture: there, no second rounding.
-    alone = (~absent).sum(0) + (rest != 0) == 1
-    normalised = ~geometric | (alone & ((rest == 1) | (weight == 1).any(0)))
+    alone = (~absent).sum(0) + (geometric & (rest != 0)) == 1
+    whole = alone & (aggregator != int(Aggregator.JENSEN_SHANNON)) & (weight >= 0).all(0)
+    mixture = (aggregator == int(Aggregator.LINEAR)) & (weight >= 0).all(0)
+    normalised = torch.where(geometric, alone & ((rest == 1) | (weight == 1).any(0)), whole | mixture)
     if any_min_p:
         floor = min_p.float().log()
-        limit = torch.where(absent, math.inf, logp.amax(-1) + floor)  # [N, B]
+        closed = absent | ((weight < 0) & (aggregator == int(Aggregator.LINEAR)))
+        limit = torch.where(closed, math.inf, logp.amax(-1) + floor)  # [N, B]
         limit0 = torch.where(geometric & (rest > REFERENCE_SHARE), logp0.amax(-1) + floor, math.inf)
         support = (logp0 >= limit0[:, None]) | (logp >= limit[:, :, None]).any(0)
-        whole = min_p == 0
+        unmasked = min_p == 0
         # NaN is in no support, and stays, lest the row pass for an empty one.
-        target = torch.where(support | whole[:, None] | target.isnan(), target, -math.inf)
-        normalised = normalised & whole
+        target = torch.where(support | unmasked[:, None] | target.isnan(), target, -math.inf)
+        normalised = normalised & unmasked
     norm = target.logsumexp(-1)
-    empty = norm == -math.inf
-    result = target - torch.where(normalised | empty, 0.0, norm)[:, None]
-    if not on_cpu or bool(empty.any()):
-        only = torch.where(_supported(logp0, min_p), logp0, -math.inf).log_softmax(-1)
-        result = torch.where(empty[:, None], only, result)
-    return poison(result, aggregator)
+    target = target - torch.where(normalised | (norm == -math.inf), 0.0, norm)[:, None]
+    return poison(target, aggregator, weights, p)
 
 
 def _kernel_refuses(
@@ -204,13 +230,16 @@ def _kernel_refuses(
     weights: torch.Tensor,
     carried: torch.Tensor | None,
     aggregator: torch.Tensor,
+    p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> str | None:
     if ref.dtype not in _KERNEL_DTYPES or policies.dtype not in _KERNEL_DTYPES:
         return "dtype torch.float64"
-    small = weights.is_cpu and aggregator.is_cpu and min_p.is_cpu and (carried is None or carried.is_cpu)
+    small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and min_p.is_cpu and (carried is None or carried.is_cpu)
     if not (ref.is_cpu and policies.is_cpu and small):
         return "tensors of several devices"
+    if bool((aggregator > 1).any()) or bool(((weights < 0).any(1) & (aggregator == 0)).any()):
+        return "these rules yet"
     return None
 
 
@@ -220,6 +249,7 @@ def _cpp(
     weights: torch.Tensor,
     carried: torch.Tensor | None,
     aggregator: torch.Tensor,
+    p: torch.Tensor,
     min_p: torch.Tensor,
 ) -> torch.Tensor:
     if ref.dtype != policies.dtype:
@@ -228,7 +258,8 @@ def _cpp(
         ref = ref.contiguous()
     if policies.stride(2) != 1:
         policies = policies.contiguous()
-    weights, min_p, aggregator = weights.float().contiguous(), min_p.float().contiguous(), aggregator.contiguous()
+    weights, p, min_p = weights.float().contiguous(), p.float().contiguous(), min_p.float().contiguous()
+    aggregator = aggregator.contiguous()
     carried = None if carried is None else carried.float().contiguous()
     out = torch.empty(ref.shape, dtype=torch.float32)
     wrong = _backend.module("cpu").aggregate_logits(
@@ -241,6 +272,7 @@ def _cpp(
         weights.data_ptr(),
         0 if carried is None else carried.data_ptr(),
         aggregator.data_ptr(),
+        p.data_ptr(),
         min_p.data_ptr(),
         ref.shape[0],
         policies.shape[0],
@@ -249,7 +281,7 @@ def _cpp(
         torch.get_num_threads(),
     )
     if wrong >= 0:
-        rules_in_use(_OP, aggregator, weights)
+        rules_in_use(_OP, aggregator, weights, p)
         _check_min_p(min_p)
     return out
 
@@ -266,9 +298,9 @@ def _run(
     _validate(ref, policies, weights, carried, aggregator, p, min_p)
     backend = _backend.pick(_OP, ref.device.type)
     if backend == "cpu":
-        why = _kernel_refuses(ref, policies, weights, carried, aggregator, min_p)
+        why = _kernel_refuses(ref, policies, weights, carried, aggregator, p, min_p)
         if why is None:
-            return _cpp(ref, policies, weights, carried, aggregator, min_p)
+            return _cpp(ref, policies, weights, carried, aggregator, p, min_p)
         _backend.refuse(_OP, why)
     form = reference if backend == "reference" else _vectorised
     return form(ref, policies, weights, carried, aggregator, p, min_p)
@@ -307,24 +339,35 @@ def aggregate_logits(
 ) -> torch.Tensor:
     """Log probabilities of the token-level target of several policies (MOD, arXiv 2406.18853; MPG, arXiv 2511.01891).
 
-    With pi_0 and pi_i the softmax of the reference's and of each policy's logits, in fp32:
-    linear log sum_i w_i exp(carried_i) pi_i; geometric log pi_0 + sum_i w_i (log pi_i - log pi_0); both normalised.
+    With pi_0 and pi_i the softmax of the reference's and of each policy's logits, in fp32, c_i = carried_i or 0 and
+    r_i = pi_i / pi_0, over the members w_i != 0, before normalisation:
+
+    - LINEAR (sum_i w_i e^c_i pi_i)+, where members of negative weight take away; less than 1e-5 of what they are
+      taken from counts as 0, since it is rounding.
+    - GEOMETRIC pi_0 prod_i r_i^w_i; the c_i do not count.
+    - POWER (sum_i w_i (e^c_i pi_i)^p)^(1/p). A token that a member excludes is excluded where p <= 0 and adds nothing
+      where p > 0. p = 0 (|p| < 1e-9) is prod_i pi_i^(w_i / sum w); p = -1 is the harmonic mean.
+    - JENSEN_SHANNON pi_0 s / (1 - s), log s = sum_i (w_i / sum w) log sigmoid(c_i + log r_i).
+    - MIN and MAX the least and the greatest e^c_i pi_i.
+
     Then the support mask: a token stays iff its probability under at least one member is at least min_p times that
     member's largest; the others get -inf and the rest is normalised again. Members are the policies of non-zero
-    weight, and the reference where the geometric rule leaves it a share, 1 - sum_i w_i > 1e-6, or where every weight
-    is zero: the target is then the reference under both rules. At min_p = 0 one policy at weight 1 gives log_softmax
-    of its logits, bit for bit in torch (the backend `reference`, and where no kernel runs), up to rounding in the C++
-    kernel. A member of weight zero counts for nothing, infinite logits included; a token that
-    another member, or a reference with a coefficient, excludes is excluded; a row that would be left without any
-    token is the reference's.
+    weight, under the linear rule those of positive weight; and the reference where the geometric rule leaves it a
+    share, 1 - sum_i w_i > 1e-6, or where every weight is zero: the target is then the reference under every rule. A
+    member of weight zero counts for nothing, infinite logits included. At min_p = 0 one policy at weight 1 gives
+    log_softmax of its logits, bit for bit in torch (the backend `reference`, and where no kernel runs) and up to
+    rounding under JENSEN_SHANNON and in the C++ kernel.
+
+    A row of which no token is left, for want of a token that all members allow or because the mask closes every
+    one, is -inf everywhere: such a target has no support, and nothing takes its place.
 
     Args:
         ref: floating [B, V] raw logits.
         policies: floating [N, B, V] raw logits; N may be 0.
-        weights: floating [B, N], not normalised; negative only under the geometric rule.
-        carried: floating [B, N] log ratios of the text so far, or None for 0. The geometric rule does not depend on it.
+        weights: floating [B, N], not normalised; negative only under the linear and the geometric rule.
+        carried: floating [B, N] log ratios of the text so far, or None for 0.
         aggregator: int32 [B] of `Aggregator` codes.
-        p: floating [B], the exponent of rules that have one; the linear and the geometric have none.
+        p: floating [B], the exponent of POWER; the other rules have none.
         min_p: floating [B] in [0, 1]; 0 keeps every token.
 
     Returns:
@@ -332,6 +375,7 @@ def aggregate_logits(
 
     Raises:
         PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a code is unknown,
-            a weight negative under the linear rule, or min_p outside [0, 1]. On a GPU a row of the first two is NaN.
+            a weight negative where its rule allows none, the exponent of a POWER row not finite, or min_p outside
+            [0, 1]. On a GPU a row of the first three is NaN.
     """
     return _op(ref, policies, weights, carried, aggregator, p, min_p)

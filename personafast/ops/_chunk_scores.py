@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _means
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
 from personafast.ops._library import FLOATS, check_dims, check_float, check_no_grad, check_shape, register
 
@@ -53,28 +53,36 @@ def reference(
     p: torch.Tensor,
 ) -> torch.Tensor:
     """The specification of `chunk_scores` in plain torch, row by row, all in the log domain."""
-    rules_in_use(_OP, aggregator, weights)
+    rules_in_use(_OP, aggregator, weights, p)
     scores = torch.zeros(ref_logp.shape, dtype=torch.float32, device=ref_logp.device)
     for row in range(ref_logp.shape[0]):
         ref = ref_logp[row].float()
-        members = [i for i in range(policy_logp.shape[0]) if weights[row, i] != 0]
-        terms = []
+        rule, weight = int(aggregator[row]), weights[row].float()
+        members = [i for i in range(policy_logp.shape[0]) if weight[i] != 0]
+        ratios = []
         for i in members:
             steps = torch.where(ref == -math.inf, -math.inf, policy_logp[i, row].float() - ref)
-            ratio = steps.cumsum(0) if carried is None else carried[row, i].float() + steps.cumsum(0)
-            weight = weights[row, i].float()
-            if aggregator[row] == Aggregator.LINEAR:
-                terms.append(weight.log() + ratio)
+            ratios.append(steps.cumsum(0) if carried is None else carried[row, i].float() + steps.cumsum(0))
+        if ratios:
+            stacked, weight = torch.stack(ratios), weight[members][:, None]
+            if rule == Aggregator.GEOMETRIC:
+                impossible = (stacked == -math.inf).any(0)
+                scores[row] = torch.where(impossible, -math.inf, (weight * stacked).sum(0))
             else:
-                terms.append(torch.where(ratio == -math.inf, -math.inf, weight * ratio))
-        if terms:
-            stacked = torch.stack(terms)
-            if aggregator[row] == Aggregator.LINEAR:
-                scores[row] = stacked.logsumexp(0)
-            else:
-                scores[row] = torch.where((stacked == -math.inf).any(0), -math.inf, stacked.sum(0))
+                size = weight.abs().sum()
+                one = slice(row, row + 1)
+                scores[row] = _means.join(stacked[:, None], (weight / size)[:, None], aggregator[one], p[one], {rule})
+                scores[row] += _scale(size[None], aggregator[one], p[one])
         scores[row].masked_fill_((ref == -math.inf).cumsum(0) > 0, -math.inf)
-    return poison(scores, aggregator)
+    return poison(scores, aggregator, weights, p)
+
+
+def _scale(size: torch.Tensor, aggregator: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """What the log of a row's mean [B] owes to the size of its weights; the means are of weights that sum to 1."""
+    exponent = torch.where(aggregator == int(Aggregator.LINEAR), 1.0, p.float())
+    scaled = (aggregator == int(Aggregator.LINEAR)) | (aggregator == int(Aggregator.POWER))
+    scaled &= exponent.abs() >= _means.SMALLEST_EXPONENT
+    return torch.where(scaled, size.log() / torch.where(scaled, exponent, 1.0), 0.0)
 
 
 def _vectorised(
@@ -85,29 +93,25 @@ def _vectorised(
     aggregator: torch.Tensor,
     p: torch.Tensor,
 ) -> torch.Tensor:
-    linear, geometric = rules_in_use(_OP, aggregator, weights)
+    rules = rules_in_use(_OP, aggregator, weights, p)
     ref = ref_logp.float()
     barred = ref == -math.inf
     weight = weights.float().T[:, :, None]  # [N, B, 1]
     ratio = torch.where(barred, -math.inf, policy_logp.float() - ref).cumsum(2)  # [N, B, k]
     if carried is not None:
         ratio = ratio + carried.float().T[:, :, None]
-    scores = None
-    if linear:
-        plain = (weights == 0).all(1)[:, None]
-        # logsumexp of nothing is -inf, but a row that no policy shapes has the reference for its target: log 1.
-        scores = torch.where(plain, 0.0, torch.where(weight == 0, -math.inf, weight.log() + ratio).logsumexp(0))
-    if geometric:
+    scores = torch.zeros_like(ref)
+    if rules != {int(Aggregator.GEOMETRIC)}:
+        joined = _means.join(ratio, _means.normalised(weight), aggregator, p, rules)
+        scores = joined + _scale(weights.float().abs().sum(1), aggregator, p)[:, None]
+    if int(Aggregator.GEOMETRIC) in rules:
         impossible = ((ratio == -math.inf) & (weight != 0)).any(0)
         terms = torch.where((weight == 0) | impossible, 0.0, weight * ratio)
         blend = torch.where(impossible, -math.inf, terms.sum(0))
-        if scores is None:
-            scores = blend
-        else:
-            scores = torch.where(aggregator[:, None] == int(Aggregator.GEOMETRIC), blend, scores)
-    if scores is None:
-        return ref.new_empty(ref.shape)
-    return poison(torch.where(barred.cumsum(1) > 0, -math.inf, scores), aggregator)
+        scores = torch.where((aggregator == int(Aggregator.GEOMETRIC))[:, None], blend, scores)
+    # A row that no policy shapes has the reference for its target: log 1.
+    scores = torch.where((weights == 0).all(1)[:, None], 0.0, scores)
+    return poison(torch.where(barred.cumsum(1) > 0, -math.inf, scores), aggregator, weights, p)
 
 
 def _cpp(
@@ -116,11 +120,12 @@ def _cpp(
     weights: torch.Tensor,
     carried: torch.Tensor | None,
     aggregator: torch.Tensor,
+    p: torch.Tensor,
 ) -> torch.Tensor:
     ref = ref_logp.float().contiguous()
     policies = policy_logp.float().contiguous()
     weights = weights.float().contiguous()
-    aggregator = aggregator.contiguous()
+    aggregator, p = aggregator.contiguous(), p.float().contiguous()
     if carried is not None:
         carried = carried.float().contiguous()
     scores = torch.empty_like(ref)
@@ -133,12 +138,13 @@ def _cpp(
         weights.data_ptr(),
         0 if carried is None else carried.data_ptr(),
         aggregator.data_ptr(),
+        p.data_ptr(),
         batch,
         members,
         chunk,
     )
     if wrong >= 0:
-        rules_in_use(_OP, aggregator, weights)
+        rules_in_use(_OP, aggregator, weights, p)
     return scores
 
 
@@ -153,9 +159,10 @@ def _run(
     _validate(ref_logp, policy_logp, weights, carried, aggregator, p)
     backend = _backend.pick(_OP, ref_logp.device.type)
     if backend == "cpu":
-        small = weights.is_cpu and aggregator.is_cpu and (carried is None or carried.is_cpu)
+        small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
+        small = small and not bool((aggregator > 1).any()) and not bool(((weights < 0).any(1) & (aggregator == 0)).any())
         if ref_logp.is_cpu and policy_logp.is_cpu and small:
-            return _cpp(ref_logp, policy_logp, weights, carried, aggregator)
+            return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
         _backend.refuse(_OP, "tensors of several devices")
     form = reference if backend == "reference" else _vectorised
     return form(ref_logp, policy_logp, weights, carried, aggregator, p)
@@ -192,25 +199,34 @@ def chunk_scores(
 ) -> torch.Tensor:
     """Log of the aggregated density ratio of every prefix of a chunk (MPG, arXiv 2511.01891, section 3).
 
-    With L[i, b, j] = carried[b, i] + sum over j' <= j of (policy_logp[i, b, j'] - ref_logp[b, j']):
-    linear S[b, j] = logsumexp_i(log w[b, i] + L[i, b, j]); geometric S[b, j] = sum_i w[b, i] L[i, b, j].
+    With L[i, b, j] = carried[b, i] + sum over j' <= j of (policy_logp[i, b, j'] - ref_logp[b, j']), S[b, j] is the log
+    of the members' joint ratio, and exp L_i the ratio r_i of one:
+
+    - LINEAR (sum_i w_i r_i)+, where less than 1e-5 of what negative weights take away from counts as 0.
+    - GEOMETRIC prod_i r_i^w_i.
+    - POWER (sum_i w_i r_i^p)^(1/p), and prod_i r_i^(w_i / sum w) at p = 0 (|p| < 1e-9).
+    - JENSEN_SHANNON s / (1 - s), log s = sum_i (w_i / sum w) log sigmoid(L_i).
+    - MIN and MAX the least and the greatest r_i.
+
     A weight of zero leaves its member out, and without members S = 0, the reference itself. A token that a member
-    cannot produce makes that member's L -inf from there on, and a geometric S with it; after a token that the
-    reference cannot propose S is -inf. No NaN comes out unless one goes in.
+    cannot produce makes that member's L -inf from there on, and S with it under every rule but LINEAR, MAX and POWER
+    with p > 0, where it adds nothing; after a token that the reference cannot propose S is -inf. No NaN comes out
+    unless one goes in.
 
     Args:
         ref_logp: floating [B, k], the reference's log probability of each token.
         policy_logp: floating [N, B, k], each policy's; N may be 0.
-        weights: floating [B, N], not normalised; negative only under the geometric rule.
+        weights: floating [B, N], not normalised; negative only under the linear and the geometric rule.
         carried: floating [B, N] log ratios of the text before the chunk, or None for 0.
         aggregator: int32 [B] of `Aggregator` codes.
-        p: floating [B], the exponent of rules that have one; the linear and the geometric have none.
+        p: floating [B], the exponent of POWER; the other rules have none.
 
     Returns:
         float32 [B, k].
 
     Raises:
-        PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a code is unknown
-            or a weight negative under the linear rule. On a GPU such a row is NaN.
+        PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a code is unknown,
+            a weight negative where its rule allows none, or the exponent of a POWER row not finite. On a GPU a row of
+            the last three is NaN.
     """
     return _op(ref_logp, policy_logp, weights, carried, aggregator, p)

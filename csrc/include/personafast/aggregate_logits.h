@@ -23,6 +23,7 @@ struct AggregateLogitsArgs {
   const float* weights;       // [rows, members]
   const float* carried;       // [rows, members], or null for 0
   const int32_t* aggregator;  // [rows]
+  const float* p;             // [rows]
   const float* min_p;         // [rows], 0 to 1
   int64_t rows;
   int64_t members;

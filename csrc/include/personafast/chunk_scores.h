@@ -16,6 +16,7 @@ struct ChunkScoresArgs {
   const float* weights;       // [rows, members]
   const float* carried;       // [rows, members], or null for 0
   const int32_t* aggregator;  // [rows]
+  const float* p;             // [rows]
   int64_t rows;
   int64_t members;
   int64_t chunk;
