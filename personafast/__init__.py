@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from personafast.handle import PersonaHandle, attach
     from personafast.library import PersonaLibrary
     from personafast.persona import Persona
+    from personafast.policies import PolicySet
 
 # Resolved on first use: `import personafast` must stay free of transformers, triton, vllm, peft and matplotlib.
 _HOME = {
@@ -19,6 +20,7 @@ _HOME = {
     "PersonaHandle": "personafast.handle",
     "Persona": "personafast.persona",
     "PersonaLibrary": "personafast.library",
+    "PolicySet": "personafast.policies",
     "PersonafastError": "personafast.errors",
     "UnsupportedModelError": "personafast.errors",
     "FormatError": "personafast.errors",
@@ -33,6 +35,7 @@ __all__ = [
     "PersonaHandle",
     "PersonaLibrary",
     "PersonafastError",
+    "PolicySet",
     "UnsupportedModelError",
     "__version__",
     "attach",
