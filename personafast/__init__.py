@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from personafast.library import PersonaLibrary
     from personafast.persona import Persona
     from personafast.policies import PolicySet
+    from personafast.processor import MPGLogitsProcessor
 
 # Resolved on first use: `import personafast` must stay free of transformers, triton, vllm, peft and matplotlib.
 _HOME = {
     "attach": "personafast.handle",
     "PersonaHandle": "personafast.handle",
+    "MPGLogitsProcessor": "personafast.processor",
     "Persona": "personafast.persona",
     "PersonaLibrary": "personafast.library",
     "PolicySet": "personafast.policies",
@@ -31,6 +33,7 @@ _SUBMODULES = {"density", "evaluate", "masks", "models", "ops", "vectors", "zoo"
 __all__ = [
     "BackendError",
     "FormatError",
+    "MPGLogitsProcessor",
     "Persona",
     "PersonaHandle",
     "PersonaLibrary",

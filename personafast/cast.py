@@ -159,12 +159,12 @@ class Cast:
             persona = persona or Persona()
             merged = self._merged_member(persona, prompt, vector) if merging else None
             if sampler == "merge":
-                assert merged is not None
-                rows.append(Row(merged, (), (), persona.has_ratios))
+                reference = Member(prompt, vector, self._mask_slot(persona), NOBODY)
+                rows.append(Row(merged or reference, (), (), persona.has_ratios))
                 continue
             if isinstance(draft, Patch):
                 merged = Member(prompt, NOBODY, NOBODY, NOBODY, draft, "the draft model")
-            rows.append(self._row(persona, prompt, vector, merged if self.mergeable(persona) or draft != "merge" else None))
+            rows.append(self._row(persona, prompt, vector, merged))
         return rows
 
     def plain_rows(self, personas: Sequence[Persona | None]) -> RowSlots:
@@ -323,10 +323,10 @@ class Cast:
             self._merged_models.pop(next(iter(self._merged_models))).remove()
         self._merged_models[key] = _installed(self.policies.merged(dict(key)))
 
-    def _merged_member(self, persona: Persona, prompt: list[int], vector: int) -> Member:
-        mask, key = self._mask_slot(persona), self._merge_key(persona)
+    def _merged_member(self, persona: Persona, prompt: list[int], vector: int) -> Member | None:
         if not self.mergeable(persona):
-            return Member(prompt, vector, mask, NOBODY)
+            return None
+        mask, key = self._mask_slot(persona), self._merge_key(persona)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")

@@ -72,7 +72,7 @@ class _Call:
         self.want_log_z = bool(config.return_dict_in_generate)
         self.min_p = options.min_p if options.min_p is not None else config.min_p
         self.processors = LogitsProcessorList(p for p in processors if not isinstance(p, MinPLogitsWarper))
-        self.rule = _rule(rows, self.min_p, options.policy_temperature, self.device)
+        self.rule = make_rule(rows, self.min_p, options.policy_temperature, self.device)
         self.draws = _draws(options, len(rows), self.device) if self.sampling else None
         self._plain = _plain_min_p(rows, self.min_p, self.device) if self.sampling else None
 
@@ -84,7 +84,7 @@ class _Call:
                 self.transcript,
                 self.rule,
                 self.draws,
-                process=self._process,
+                process=self._process_or_none,
                 carry=self.options.carry,
                 want_log_z=self.want_log_z,
             )
@@ -98,7 +98,7 @@ class _Call:
                 self.rule,
                 self.draws,
                 retries=self.options.retries,
-                process=self._process,
+                process=self._process_or_none,
                 want_log_z=self.want_log_z,
             )
         else:
@@ -106,17 +106,19 @@ class _Call:
 
     def _verify(self, block: bool) -> None:
         given = self.options.draft
-        ahead = None
-        if given != "ngram" and (isinstance(given, str) or not _is_drafter(given)):
-            ahead = [row.draft or row.front for row in self.rows]
-        scorer = self._scorer(ahead)
+        own = given == "ngram" or (not isinstance(given, (str, Patch)))
+        scorer = self._scorer(None if own else [row.draft or row.front for row in self.rows])
         if given == "ngram":
-            drafter: Drafter = NgramDrafter()
-        elif ahead is None:
-            drafter = cast(Drafter, given)
+            drafter: Drafter = NgramDrafter([row.reference.prompt for row in self.rows])
+        elif own:
+            drafter = given
         else:
-            shared = [p for p in self.processors if isinstance(p, _STATELESS)]
-            drafter = ModelDrafter(scorer, process=_in_turn(shared), min_p=self._draft_min_p())
+            drafter = ModelDrafter(
+                scorer,
+                temperature=self.rule.policy_temperature,
+                min_p=self._draft_min_p(),
+                process=self._draft_process(),
+            )
         sample_verify(
             scorer,
             self.transcript,
@@ -125,7 +127,7 @@ class _Call:
             drafter,
             chunk=self.options.chunk or 8,
             block=block,
-            process=self._process,
+            process=self._process_or_none,
             carry=self.options.carry,
             want_log_z=self.want_log_z,
         )
@@ -147,9 +149,13 @@ class _Call:
         scorer = ModelScorer(
             self.patch, [None] * len(policies), policies, stats=self.transcript.stats, device=self.device
         )
-        carry = self.options.carry
         sample_mixture(
-            scorer, self.transcript, _as_mixture(self.rule), self.draws, chunk=self.options.chunk or 1, carry=carry
+            scorer,
+            self.transcript,
+            _as_mixture(self.rule),
+            self.draws,
+            chunk=self.options.chunk or 1,
+            carry=self.options.carry,
         )
 
     def _scorer(self, ahead: Sequence[Member] | None = None, all_references: bool = False) -> ModelScorer:
@@ -161,6 +167,19 @@ class _Call:
             stats=self.transcript.stats,
             device=self.device,
         )
+
+    @property
+    def _process_or_none(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        return self._process if len(self.processors) or self._plain is not None else None
+
+    def _draft_min_p(self) -> torch.Tensor | None:
+        """The target's own thresholds: what the support mask drops there is drafted in vain."""
+        found = [_threshold(row, self.min_p) if row.members else 0.0 for row in self.rows]
+        return torch.tensor(found, dtype=torch.float32, device=self.device) if any(found) else None
+
+    def _draft_process(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        shared = LogitsProcessorList(p for p in self.processors if isinstance(p, _STATELESS))
+        return cast(Any, shared) if shared else None
 
     def _process(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
@@ -235,7 +254,8 @@ def row_prompts(prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return prompts
 
 
-def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, device: torch.device) -> Rule:
+def make_rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, device: torch.device) -> Rule:
+    """The targets of some rows; min_p None gives rows with ratios their default support mask."""
     count = max(len(row.members) for row in rows)
     weights = torch.zeros(len(rows), count, dtype=torch.float32)
     for index, row in enumerate(rows):
@@ -244,7 +264,7 @@ def _rule(rows: Sequence[Row], min_p: float | None, policy_temperature: float, d
     names = [row.aggregator if row.policies else "geometric" for row in rows]
     functions = [None if isinstance(name, str) else name for name in names]
     codes = [_code(name) if isinstance(name, str) else int(Aggregator.GEOMETRIC) for name in names]
-    exponents = [_POWERS.get(name, row.p) if isinstance(name, str) else 1.0 for name, row in zip(names, rows, strict=True)]
+    exponents = [_POWERS.get(cast(str, name), row.p) for name, row in zip(names, rows, strict=True)]
     bases = [-1 if row.base is None else len(row.policies) for row in rows]
     return Rule(
         weights.to(device),
@@ -305,8 +325,8 @@ def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
     for processor in processors:
         if not isinstance(processor, TemperatureLogitsWarper):
             raise PersonafastError(
-                f"sampler: {sampler!r} has its target at chunk level, where {type(processor).__name__} cannot act; turn it off "
-                "(top_k=0, top_p=1.0, ...) or use sampler='direct'"
+                f"sampler: {sampler!r} has its target at chunk level, where {type(processor).__name__} cannot act; "
+                "turn it off (top_k=0, top_p=1.0, ...) or use sampler='direct'"
             )
         temperature *= float(processor.temperature)
     return temperature

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from personafast.generate import PersonaGenerateOutput
     from personafast.policies import PolicySet
+    from personafast.processor import MPGLogitsProcessor
 
 _MARK = "_personafast_handle"
 # Arguments transformers prepares for a decoding loop that this one makes anew.
@@ -95,6 +96,7 @@ class PersonaHandle:
     Attributes:
         library: what the personas may name.
         model: the model they are attached to.
+        cast: the banks, and the rows that personas make; for decoding loops of your own.
     """
 
     def __init__(
@@ -110,11 +112,11 @@ class PersonaHandle:
         self.library = library
         self._tokenizer = tokenizer
         self._only_mask = only_mask
-        self._cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer)
+        self.cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer)
         self._forward_rows: contextlib.ExitStack | None = None
         self._hooks: list[Any] = []
         try:
-            self._cast.install()
+            self.cast.install()
             self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
             self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
             model.__dict__[_MARK] = self
@@ -154,7 +156,7 @@ class PersonaHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        lost = self._cast.remove()
+        lost = self.cast.remove()
         self.model.__dict__.pop(_MARK, None)
         if lost:
             warnings.warn(
@@ -174,8 +176,29 @@ class PersonaHandle:
             PersonafastError: a persona has policies or prompts, or names something the library lacks.
         """
         self._check_attached()
-        with self._cast.patch.rows(self._cast.plain_rows(personas)):
+        with self.cast.patch.rows(self.cast.plain_rows(personas)):
             yield self
+
+    def speaking(self) -> contextlib.AbstractContextManager[None]:
+        """Within this `with` the reference speaks without the adapters that a PEFT wrapper holds, if policies are those.
+
+        `generate` and the logits processor enter it by themselves.
+        """
+        self._check_attached()
+        return contextlib.nullcontext() if self.cast.policies is None else self.cast.policies.bypass()
+
+    def logits_processor(
+        self,
+        personas: Persona | Sequence[Persona | None] | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> MPGLogitsProcessor:
+        """A processor that makes transformers' own `generate` sample from the target; see `MPGLogitsProcessor`."""
+        from personafast.processor import MPGLogitsProcessor
+
+        self._check_attached()
+        return MPGLogitsProcessor(self, personas, input_ids, attention_mask, **options)
 
     def bind(self, **options: Any) -> functools.partial[Any]:
         """`generate` with options that transformers' `generate` does not pass on.
@@ -269,12 +292,12 @@ class PersonaHandle:
         if stop_strings:
             criteria.append(StopStrings(self.tokenizer, stop_strings))
         prompts = row_prompts(input_ids, prepared.get("attention_mask"))
-        spread = self._cast.spread(personas, len(prompts), generation_config.num_return_sequences or 1)
+        spread = self.cast.spread(personas, len(prompts), generation_config.num_return_sequences or 1)
         options = self._settle(options, spread, processors, generation_config)
-        with self._speaking(options.draft) as drafting:
+        with self.speaking(), self._drafting(options.draft) as drafting:
             return decode(
-                self._cast.patch,
-                self._cast.rows(spread, prompts, options.sampler, drafting),
+                self.cast.patch,
+                self.cast.rows(spread, prompts, options.sampler, drafting),
                 input_ids,
                 options,
                 generation_config,
@@ -288,7 +311,7 @@ class PersonaHandle:
     ) -> Options:
         """Decide what the caller left open."""
         given = [persona for persona in personas if persona is not None and persona.has_ratios]
-        mergeable = bool(given) and all(self._cast.mergeable(persona) for persona in given)
+        mergeable = bool(given) and all(self.cast.mergeable(persona) for persona in given)
         if options.sampler == "auto":
             from personafast.generate import other_warper
 
@@ -296,7 +319,7 @@ class PersonaHandle:
                 rows=len(personas),
                 members=1 + max((len(p.policies) + len(p.prompts) for p in given), default=0),
                 ratios=bool(given),
-                separate=any(self._cast.separate(persona) for persona in given),
+                separate=any(self.cast.separate(persona) for persona in given),
                 mixture=all(_is_mixture(persona) for persona in given),
                 sampling=bool(config.do_sample),
                 other_warpers=other_warper(processors),
@@ -312,20 +335,21 @@ class PersonaHandle:
         return options
 
     @contextlib.contextmanager
-    def _speaking(self, draft: Any) -> Iterator[Any]:
-        """Let the models speak without PEFT's own adapters, and the draft model, if one is given, through a patch."""
-        with contextlib.ExitStack() as stack:
-            if self._cast.policies is not None:
-                stack.enter_context(self._cast.policies.bypass())
-            if isinstance(draft, nn.Module):
-                own = self._cast.patch_of(draft)
-                if own is None:
-                    own = Patch(draft, anatomy(draft), 1)
-                    stack.callback(own.remove)
-                    own.install()
-                _check_vocabulary(own, self._cast.patch)
-                draft = own
+    def _drafting(self, draft: Any) -> Iterator[Any]:
+        """Let a draft model, if one is given, run through a patch."""
+        if not isinstance(draft, nn.Module):
             yield draft
+            return
+        known = self.cast.patch_of(draft)
+        own = known or Patch(draft, anatomy(draft), 1)
+        _check_vocabulary(own, self.cast.patch)
+        try:
+            if known is None:
+                own.install()
+            yield own
+        finally:
+            if known is None:
+                own.remove()
 
     def _check_attached(self) -> None:
         if self.model.__dict__.get(_MARK) is not self:

@@ -122,5 +122,5 @@ class Persona:
 
     @property
     def has_ratios(self) -> bool:
-        """Whether a policy, a prompt of non-zero weight or a base takes part, which needs more than one forward pass."""
+        """Whether a base takes part, or a policy or prompt of non-zero weight, so that generation needs ratios."""
         return any(self.policies.values()) or any(self.prompts.values()) or self.base is not None

@@ -50,9 +50,9 @@ def choose(call: Call) -> Choice:
     if call.mixture and call.sampling and call.other_warpers is None:
         return Choice("mixture", draft, "auto: mixture, since the linear rule lets one policy speak at a time")
     if call.separate:
-        why = "one pass of every model scores a whole draft"
-        drafts = "the merge of the policies" if draft == "merge" else "the reference, since they cannot be merged"
-        return Choice("block", draft, f"auto: block, since the policies are separate models and {why}; drafts: {drafts}")
+        why = "auto: block, since the policies are separate models and one pass of each scores a whole draft; drafts: "
+        why += "the merge of the policies" if draft == "merge" else "the reference, since they cannot be merged"
+        return Choice("block", draft, why)
     why = "auto: direct, since all members share one read of the weights"
     at_once = call.rows * call.members
     if at_once > COMPUTE_BOUND:

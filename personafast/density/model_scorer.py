@@ -11,6 +11,7 @@ from personafast.density.group import Group
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.models.patch import Patch
+from personafast.models.rows import NOBODY
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Member:
     adapter: int
     patch: Patch | None = None
     name: str = field(default="the reference", compare=False)
+
+    @property
+    def steered(self) -> bool:
+        """Whether a vector, a mask or an adapter sets it apart from the plain model."""
+        return not self.vector == self.mask == self.adapter == NOBODY
 
 
 class _Seats:

@@ -160,7 +160,9 @@ def _run(
     backend = _backend.pick(_OP, ref_logp.device.type)
     if backend == "cpu":
         small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
-        small = small and not bool((aggregator > 1).any()) and not bool(((weights < 0).any(1) & (aggregator == 0)).any())
+        small = (
+            small and not bool((aggregator > 1).any()) and not bool(((weights < 0).any(1) & (aggregator == 0)).any())
+        )
         if ref_logp.is_cpu and policy_logp.is_cpu and small:
             return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
         _backend.refuse(_OP, "tensors of several devices")
