@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from personafast.generate import PersonaGenerateOutput
     from personafast.policies import PolicySet
-    from personafast.processor import MPGLogitsProcessor
 
 _MARK = "_personafast_handle"
 # Arguments transformers prepares for a decoding loop that this one makes anew.
@@ -180,25 +179,12 @@ class PersonaHandle:
             yield self
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
-        """Within this `with` the reference speaks without the adapters that a PEFT wrapper holds, if policies are those.
+        """Within this `with` the reference speaks without the PEFT adapters that are policies here.
 
-        `generate` and the logits processor enter it by themselves.
+        `generate` and `MPGLogitsProcessor` enter it by themselves.
         """
         self._check_attached()
         return contextlib.nullcontext() if self.cast.policies is None else self.cast.policies.bypass()
-
-    def logits_processor(
-        self,
-        personas: Persona | Sequence[Persona | None] | None,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **options: Any,
-    ) -> MPGLogitsProcessor:
-        """A processor that makes transformers' own `generate` sample from the target; see `MPGLogitsProcessor`."""
-        from personafast.processor import MPGLogitsProcessor
-
-        self._check_attached()
-        return MPGLogitsProcessor(self, personas, input_ids, attention_mask, **options)
 
     def bind(self, **options: Any) -> functools.partial[Any]:
         """`generate` with options that transformers' `generate` does not pass on.
@@ -285,7 +271,7 @@ class PersonaHandle:
         from personafast.generate import decode, row_prompts
 
         self._check_call(model, generation_config, prepared)
-        processors = logits_processor if logits_processor is not None else []
+        processors: Any = logits_processor if logits_processor is not None else []
         scr = scr_options or (ScrOptions() if chunk is None else ScrOptions(chunk=chunk))
         options = Options(sampler, seed, seeds, min_p, policy_temperature, carry, chunk, draft, retries, scr)
         criteria = list(stopping_criteria or ())

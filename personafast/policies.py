@@ -24,7 +24,7 @@ from personafast.models.merged import merge_models
 from personafast.models.wrappers import bypass, unwrapped, wrapped_layers
 
 if TYPE_CHECKING:
-    from personafast.handle import PersonaHandle
+    pass
 
 KINDS = ("adapter", "model", "prompt")
 # Merged models kept; each may hold as many weights as the reference.
@@ -266,12 +266,6 @@ class PolicySet:
             found = merge_models(self.reference, models)
         self._merges[key] = found  # the last used stands last
         return found
-
-    def attach(self, **options: Any) -> PersonaHandle:
-        """`personafast.attach` to this set's model, with this set; `options` are the other arguments."""
-        from personafast.handle import attach
-
-        return attach(self.model, policies=self, **options)  # type: ignore[call-arg]
 
     def _model(self, name: str) -> nn.Module:
         model = self.members[name].model

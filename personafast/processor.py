@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import LogitsProcessor
@@ -13,10 +12,8 @@ from personafast.density.model_scorer import ModelScorer
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.generate import make_rule, row_prompts
+from personafast.handle import PersonaHandle
 from personafast.persona import Persona
-
-if TYPE_CHECKING:
-    from personafast.handle import PersonaHandle
 
 
 class MPGLogitsProcessor(LogitsProcessor):
@@ -41,7 +38,7 @@ class MPGLogitsProcessor(LogitsProcessor):
         PersonafastError: a persona names what is not there, or the batch is not that of `input_ids` or a multiple.
 
     Example:
-        >>> processor = personas.logits_processor(persona, **batch)
+        >>> processor = personafast.MPGLogitsProcessor(personas, persona, **batch)
         >>> out = model.generate(**batch, logits_processor=[processor], do_sample=True, top_k=0)
     """
 
@@ -88,8 +85,8 @@ class MPGLogitsProcessor(LogitsProcessor):
         rows = len(self._rows)
         if ids.shape[0] % rows or ids.shape[1] < self._start:
             raise PersonafastError(
-                f"input_ids: {list(ids.shape)}, but the processor was made for {rows} rows of {self._start} tokens; make "
-                "one for every call of generate"
+                f"input_ids: {list(ids.shape)}, but the processor was made for {rows} rows of {self._start} tokens; "
+                "make one for every call of generate"
             )
         repeats = ids.shape[0] // rows
         texts = ids[:, self._start :].tolist()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from personafast.density.draws import Draws, Stream, check_target, choose
+from personafast.density.draws import Draws, Stream, check_target, choose, settle
+from personafast.density.normaliser import log_normalisers
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
 from personafast.density.transcript import Transcript
@@ -22,6 +23,7 @@ def sample_direct(
     *,
     process: Process | None = None,
     carry: bool = False,
+    want_log_z: bool = False,
 ) -> None:
     """Draw every token from q_t(y) = g(pi_1 / pi_0, ..., pi_N / pi_0) pi_0 / Z, the token-level target (METHODS 3.3).
 
@@ -33,6 +35,7 @@ def sample_direct(
         process: user processors and warpers, (ids [b, l], log-target [b, V]) -> scores [b, V].
         carry: weigh the policies of a linear rule by their ratios over the text so far, which makes the whole text
             one draw from the mixture of policies; otherwise every token is a draw from it.
+        want_log_z: make `GenerationStats.log_z`.
     """
     nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
     carried = torch.zeros_like(rule.weights) if carry else None
@@ -40,17 +43,23 @@ def sample_direct(
         reference, policies = scorer.score(nothing, reference=True)
         assert reference is not None
         ref, members = reference[:, 0], policies[:, :, 0]
-        target = rule.target(ref, members, carried)
+        plain = target = rule.target(ref, members, carried)
         if process is not None:
             target = process(transcript.ids(), target)
+        target = settle(target, transcript.ended)
         if draws is None:
             token = target.argmax(dim=-1)
             check_target(target.gather(1, token[:, None]).squeeze(1))
         else:
             token = choose(target, draws.uniform(Stream.SAMPLE, transcript.positions)[:, 0])
+        before = transcript.positions
+        transcript.append(token[:, None], torch.ones_like(token))
+        if want_log_z:
+            so_far = None if carried is None else carried[:, None]
+            values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None], so_far)
+            transcript.add_log_z(values, before)
         if carried is not None:
             carried = carried + rule.log_ratios(ref, members, token)
-        transcript.append(token[:, None], torch.ones_like(token))
         scorer.commit(token[:, None], torch.ones_like(token))
         rows = transcript.shrink()
         if rows is not None:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     ACCEPT = 2
     RETRY = 3
     EXACT = 4
+    MEMBER = 5
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -41,6 +42,11 @@ class Draws:
     def __init__(self, seeds: torch.Tensor) -> None:
         self._seeds = seeds
 
+    @property
+    def seeds(self) -> torch.Tensor:
+        """The rows' own seeds, int64 [B]."""
+        return self._seeds
+
     def uniform(self, stream: Stream, positions: torch.Tensor, n: int = 1) -> torch.Tensor:
         """float64 [B, n] in (0, 1) for the rows' positions, int64 [B]; the same on every device."""
         return philox.uniform(self._seeds, positions, int(stream), n)
@@ -51,13 +57,23 @@ class Draws:
 
 
 def check_target(values: torch.Tensor) -> None:
-    """Raise `PersonafastError` if what stands for a row's target, [B], is not a number."""
-    bad = torch.isnan(values).nonzero().flatten().tolist()
+    """Raise `PersonafastError` if what stands for a row's target, [B], is not a number or the logarithm of nothing."""
+    bad = (~(values > -torch.inf)).nonzero().flatten().tolist()
     if bad:
         raise PersonafastError(
             f"target: row {bad[0]} of the batch has no token left or its logits are not numbers; use smaller weights, "
             "a wider dtype or fewer logits processors"
         )
+
+
+def settle(target: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+    """A target [B, ...] with something to draw in the rows that have ended, whatever became of theirs.
+
+    Until they leave the batch such rows take part in every call, and nothing that is drawn for them is kept.
+    """
+    if not bool(ended.any()):
+        return target
+    return torch.where(ended.view(-1, *[1] * (target.dim() - 1)), 0.0, target)
 
 
 def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -17,15 +17,25 @@ class GenerationStats:
     """What a call did.
 
     Attributes:
-        rounds: sampler rounds (one target token each for `direct`, one chunk for `scr`).
+        rounds: sampler rounds (one target token each for `direct` and `token_rs`, one chunk for the others).
         tokens: tokens committed, over all rows.
         forwards: member forward passes (one member of one row in one call of the model counts 1).
         calls: calls of the model.
-        weight_bytes: estimated bytes of weights that these calls read.
-        proposed, accepted: proposed tokens, and those of them that were accepted (`scr`).
+        row_rounds: int64 [B], the rounds of every row until it ended.
+        proposed, accepted: proposed tokens, and those of them that were accepted (`verify`, `block`, `scr`,
+            `token_rs`), in rows that had not ended.
+        accepted_lengths: at index j, how many rounds of a row accepted j drafted tokens (`verify`, `block`, `scr`).
         scored, clipped: chunk scores compared with a bound, and those above it: their share is `clipped_mass`, a
-            measure of the bias of an estimated bound.
-        exact: exact tokens drawn in warm-up rounds and after the retry cap (`scr`).
+            measure of the bias of an estimated bound (`scr`).
+        salvaged: rounds of a row that accepted a part of their chunk only, the other source of bias (`scr`).
+        exact: exact tokens drawn in warm-up rounds (`scr`) and after the retry cap (`scr`, `token_rs`).
+        log_z: float32 [B], for rows that were asked for it: the log normalisers of a row's targets, log b(y) +
+            log g(r(y)) - log q(y), summed over its tokens, of the targets as they are before processors and warpers. 0
+            for a row that is only its reference. For `scr` an estimate: the log of the mean of exp(S) over the chunks
+            proposed to the row.
+        weight_bytes: estimated bytes of weights that the calls read: every model once a call, adapters in use on top.
+        clamped_share: under the linear rule with negative weights, the mean share of the target's mass that was below
+            zero and set to 0; None where nothing had to be.
         notes: what was chosen for the caller, and why.
     """
 
@@ -33,12 +43,17 @@ class GenerationStats:
     tokens: int = 0
     forwards: int = 0
     calls: int = 0
-    weight_bytes: int = 0
     proposed: int = 0
     accepted: int = 0
     scored: int = 0
     clipped: int = 0
+    salvaged: int = 0
     exact: int = 0
+    row_rounds: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    accepted_lengths: list[int] = field(default_factory=list)
+    log_z: torch.Tensor | None = None
+    weight_bytes: int = 0
+    clamped_share: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -55,6 +70,16 @@ class GenerationStats:
     def forwards_per_token(self) -> float:
         """Member forward passes per committed token."""
         return self.forwards / max(1, self.tokens)
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Committed tokens per round of a row."""
+        return self.tokens / max(1, int(self.row_rounds.sum()))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of weights read per committed token."""
+        return self.weight_bytes / max(1, self.tokens)
 
 
 class Transcript:
@@ -78,7 +103,7 @@ class Transcript:
         may_shrink: bool = True,
     ) -> None:
         batch = prompt.shape[0]
-        self.stats = GenerationStats()
+        self.stats = GenerationStats(row_rounds=torch.zeros(batch, dtype=torch.long, device=prompt.device))
         self.alive = torch.arange(batch, device=prompt.device)
         self._prompt = prompt
         self._limit = limit
@@ -127,6 +152,7 @@ class Transcript:
             bool [b], rows that have ended.
         """
         self.stats.rounds += 1
+        self.stats.row_rounds[self.alive] += (~self.ended).long()
         for j in range(int(counts.max())):
             adds = (~self._done[self.alive]) & (counts > j)
             rows = self.alive[adds]
@@ -145,6 +171,32 @@ class Transcript:
             if self._on_tokens is not None:
                 self._on_tokens(new)
         return self._done[self.alive]
+
+    def count(self, proposed: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Note how many tokens a round proposed to every row of the batch and how many it accepted; int [b] each.
+
+        Comes before the round's `append`: rows that have ended do not count.
+        """
+        going = ~self.ended
+        stats, lengths = self.stats, torch.bincount(accepted[going].long()).tolist()
+        stats.proposed += int(proposed[going].sum())
+        stats.accepted += int(accepted[going].sum())
+        stats.accepted_lengths += [0] * (len(lengths) - len(stats.accepted_lengths))
+        for length, rows in enumerate(lengths):
+            stats.accepted_lengths[length] += rows
+
+    def add_log_z(self, values: torch.Tensor, before: torch.Tensor) -> None:
+        """Note the log normalisers [b, m] of a round's tokens, as far as `append` kept them.
+
+        Args:
+            values: one a token that was appended; what lies beyond is not looked at.
+            before: `positions` before the `append`.
+        """
+        if self.stats.log_z is None:
+            self.stats.log_z = torch.zeros(self._done.shape, device=values.device)
+        place = torch.arange(values.shape[1], device=values.device)
+        kept = place < (self.positions - before)[:, None]
+        self.stats.log_z[self.alive] += torch.where(kept, values.float(), 0.0).sum(dim=1)
 
     def shrink(self) -> torch.Tensor | None:
         """Rows of the batch to go on with, int64 indices into it, when enough have ended; None to go on with all."""

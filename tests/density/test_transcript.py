@@ -7,7 +7,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import personafast as pf
 from personafast.density.transcript import Transcript
-from personafast.generate import StopStrings
+from personafast.density.stopping import StopStrings
 
 PROMPT = torch.tensor([[1, 2], [3, 4], [5, 6]])
 NEW = 12

@@ -7,8 +7,13 @@ import itertools
 import torch
 from scipy import stats as scipy_stats
 
+from personafast.density.draft import Draft
+from personafast.density.draws import Draws
 from personafast.density.rule import Rule
+from personafast.density.transcript import GenerationStats, Transcript
 from personafast.ops import Aggregator
+
+PROMPT = torch.zeros(1, 1, dtype=torch.long)
 
 
 class Tables:
@@ -30,18 +35,87 @@ class Tables:
         spare = self.logits.shape[1] - 1
         return torch.where(length < self.length, self.offsets[length.clamp(max=self.length)] + code, spare)
 
-    def joint(self, rule: Rule) -> torch.Tensor:
-        """Probability of every full text under the token-level target, [V ** length]; rule has one row."""
-        found = []
-        for text in itertools.product(range(self.vocab), repeat=self.length):
-            logp, code = 0.0, 0
-            for position, token in enumerate(text):
-                index = self.row(torch.tensor(code), torch.tensor(position))
-                target = rule.target(self.logits[0, index][None], self.logits[1:, index][:, None])
-                logp += float(target.double().log_softmax(-1)[0, token])
-                code = code * self.vocab + token
-            found.append(logp)
-        return torch.tensor(found, dtype=torch.float64).exp()
+    def prefixes(self, count: int) -> torch.Tensor:
+        """Every text of so many tokens, int64 [V ** count, count], in the order of their codes."""
+        texts = list(itertools.product(range(self.vocab), repeat=count))
+        return torch.tensor(texts, dtype=torch.long).view(len(texts), count)
+
+    def members(self, count: int) -> torch.Tensor:
+        """Logits of reference and policies after every text of so many tokens, [N + 1, V ** count, V]."""
+        start = int(self.offsets[count])
+        return self.logits[:, start : start + self.vocab**count]
+
+    def law(self, rule: Rule, count: int, process=None) -> torch.Tensor:
+        """Token-level target after every text of so many tokens, float64 [V ** count, V]; rule has one row."""
+        members, texts = self.members(count), self.prefixes(count)
+        target = rule.select(torch.zeros(len(texts), dtype=torch.long)).target(members[0], members[1:])
+        if process is not None:
+            target = process(torch.cat([PROMPT.expand(len(texts), 1), texts], dim=1), target)
+        return target.double().softmax(-1)
+
+    def joint(self, rule: Rule, process=None, eos: tuple[int, ...] = ()) -> torch.Tensor:
+        """Probability of every text, by `codes`, under the token-level target; rule has one row."""
+        joint = torch.ones(1, dtype=torch.float64)
+        for count in range(self.length):
+            joint = (joint[:, None] * self.law(rule, count, process)).flatten()
+        return self.by_code(joint, eos)
+
+    def chunk_joint(self, rule: Rule, chunk: int, score=None) -> torch.Tensor:
+        """Probability of every text under the chunk-level target; rule has one row.
+
+        `score` maps log probabilities of chunks, [N + 1, C, k], reference first, to log g; None takes the rule's.
+        """
+        joint = torch.ones(1, dtype=torch.float64)
+        t = rule.policy_temperature
+        for start in range(0, self.length, chunk):
+            size = min(chunk, self.length - start)
+            logp, inside = None, None
+            for count in range(start, start + size):
+                members = (self.members(count) / t).log_softmax(-1)
+                step = members.flatten(1)[..., None]  # [N + 1, V ** (count + 1), 1]
+                kept = (self.law(rule, count) > 0).flatten()
+                if logp is None:
+                    logp, inside = step, kept
+                else:
+                    logp = torch.cat([logp.repeat_interleave(self.vocab, dim=1), step], dim=2)
+                    inside = inside.repeat_interleave(self.vocab) & kept
+            if score is None:
+                log_g = rule.select(torch.zeros(logp.shape[1], dtype=torch.long)).scores(logp[0], logp[1:])[:, -1]
+            else:
+                log_g = score(logp)
+            base = 0 if rule.base is None else 1 + int(rule.base[0])
+            target = torch.where(inside, logp[base].double().sum(-1) + log_g.double(), -torch.inf)
+            target = target.view(self.vocab**start, -1).softmax(-1)
+            joint = (joint[:, None] * target).flatten()
+        return self.by_code(joint)
+
+    def mixture_joint(self, weights: list[float], chunk: int, laws: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Probability of every text whose chunks each come from one policy, drawn with these weights anew."""
+        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        joint = torch.ones(1, dtype=torch.float64)
+        for start in range(0, self.length, chunk):
+            of = torch.ones(len(weights), self.vocab**start, dtype=torch.float64)
+            for count in range(start, min(start + chunk, self.length)):
+                law = self.members(count)[1:].double().softmax(-1) if laws is None else laws[count]
+                of = (of[..., None] * law).flatten(1)
+            mixed = torch.einsum("i,in->n", shares, of)
+            joint = joint.repeat_interleave(mixed.numel() // joint.numel()) * mixed
+        return joint
+
+    def by_code(self, joint: torch.Tensor, eos: tuple[int, ...] = ()) -> torch.Tensor:
+        """Sum the probabilities of full texts, [V ** length], over what follows an EOS."""
+        texts = self.prefixes(self.length)
+        ends = torch.isin(texts, torch.tensor(eos, dtype=torch.long)).long()
+        texts = torch.where(ends.cumsum(1) - ends > 0, self.vocab, texts)
+        found = torch.zeros((self.vocab + 1) ** self.length, dtype=joint.dtype)
+        return found.index_add(0, self.codes(texts), joint)
+
+    def codes(self, texts: torch.Tensor) -> torch.Tensor:
+        """Texts [n, length], with V where a row has ended, as numbers of base V + 1."""
+        code = torch.zeros(texts.shape[0], dtype=torch.long)
+        for j in range(texts.shape[1]):
+            code = code * (self.vocab + 1) + texts[:, j]
+        return code
 
 
 class TableScorer:
@@ -87,6 +161,44 @@ def rule(rows: int, weights: list[float], aggregator: str, min_p: float = 0.0, t
         torch.full((rows,), min_p),
         temperature,
     )
+
+
+class Certain:
+    """A drafter that is sure of itself: the token after the last one, in drafts of changing length."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def draft(self, transcript: Transcript, draws: Draws | None, chunk: int) -> Draft:
+        last = transcript.ids()[:, -1:]
+        tokens = (last + 1 + torch.arange(chunk)) % self.vocab
+        lengths = (transcript.positions + last[:, 0]) % (chunk + 1)
+        return Draft(tokens, None, lengths.to(torch.int32), deterministic=True)
+
+    def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        pass
+
+    def keep(self, rows: torch.Tensor) -> None:
+        pass
+
+
+def draws(rows: int, seed: int, kind: type[Draws] = Draws) -> Draws:
+    return kind(torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed)))
+
+
+def sample(run, tables: Tables, rows: int, seed: int, *, batch: int, eos=(), ahead=None, kind=Draws):
+    """Codes of sampled texts and the statistics of every batch; run(scorer, transcript, draws) samples one."""
+    codes: list[torch.Tensor] = []
+    stats: list[GenerationStats] = []
+    for start in range(0, rows, batch):
+        count = min(batch, rows - start)
+        transcript = Transcript(PROMPT.repeat(count, 1), tables.length, eos)
+        run(TableScorer(tables, count, ahead), transcript, draws(count, seed * rows + start, kind))
+        found = transcript.sequences(tables.vocab)[:, 1:]
+        whole = torch.nn.functional.pad(found, (0, tables.length - found.shape[1]), value=tables.vocab)
+        codes.append(tables.codes(whole))
+        stats.append(transcript.stats)
+    return torch.cat(codes), stats
 
 
 def p_value(codes: torch.Tensor, expected: torch.Tensor) -> float:
