@@ -425,7 +425,7 @@ def bad(message, **call):
         bad("tokenizer: none given", stop_strings=["x"]),
         bad("seeds: 1 given", seeds=[1], do_sample=True),
         bad("'scr' needs policies", sampler="scr", do_sample=True, top_k=0),
-        bad("cannot apply TopKLogitsWarper", sampler="scr", do_sample=True, top_k=5, personas=PERSONAS[3]),
+        bad("TopKLogitsWarper cannot act", sampler="scr", do_sample=True, top_k=5, personas=PERSONAS[3]),
         bad("prompts have none", sampler="merge", personas=pf.Persona(prompts={"x": 1.0})),
         bad("tokenizer: none given", personas=pf.Persona(prompts={"x": 1.0})),
     ],

@@ -12,6 +12,9 @@ from personafast.ops._library import FLOATS, check_dims, check_float, check_no_g
 
 _OP = "chunk_scores"
 
+# Weights that sum to 1 up to their rounding sum to 1: an exponent near 0 would make much of the rest.
+WHOLE = 1e-6
+
 
 def _validate(
     ref_logp: torch.Tensor,
@@ -79,10 +82,10 @@ def reference(
 
 def _scale(size: torch.Tensor, aggregator: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """What the log of a row's mean [B] owes to the size of its weights; the means are of weights that sum to 1."""
-    exponent = torch.where(aggregator == int(Aggregator.LINEAR), 1.0, p.float())
-    scaled = (aggregator == int(Aggregator.LINEAR)) | (aggregator == int(Aggregator.POWER))
-    scaled &= exponent.abs() >= _means.SMALLEST_EXPONENT
-    return torch.where(scaled, size.log() / torch.where(scaled, exponent, 1.0), 0.0)
+    linear, power = aggregator == int(Aggregator.LINEAR), aggregator == int(Aggregator.POWER)
+    exponent = torch.where(linear, 1.0, p.float())
+    power = power & (exponent.abs() >= _means.SMALLEST_EXPONENT) & ((size - 1).abs() > WHOLE)
+    return torch.where(linear | power, size.log() / torch.where(linear | power, exponent, 1.0), 0.0)
 
 
 def _vectorised(
@@ -160,9 +163,6 @@ def _run(
     backend = _backend.pick(_OP, ref_logp.device.type)
     if backend == "cpu":
         small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
-        small = (
-            small and not bool((aggregator > 1).any()) and not bool(((weights < 0).any(1) & (aggregator == 0)).any())
-        )
         if ref_logp.is_cpu and policy_logp.is_cpu and small:
             return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
         _backend.refuse(_OP, "tensors of several devices")
@@ -206,7 +206,8 @@ def chunk_scores(
 
     - LINEAR (sum_i w_i r_i)+, where less than 1e-5 of what negative weights take away from counts as 0.
     - GEOMETRIC prod_i r_i^w_i.
-    - POWER (sum_i w_i r_i^p)^(1/p), and prod_i r_i^(w_i / sum w) at p = 0 (|p| < 1e-9).
+    - POWER (sum_i w_i r_i^p)^(1/p), and prod_i r_i^(w_i / sum w) at p = 0 (|p| < 1e-9); a sum of weights within 1e-6
+      of 1 is 1.
     - JENSEN_SHANNON s / (1 - s), log s = sum_i (w_i / sum w) log sigmoid(L_i).
     - MIN and MAX the least and the greatest r_i.
 

@@ -4,11 +4,9 @@
 
 namespace personafast {
 
-// out[b, j] = the log of the aggregated density ratio of the first j + 1 tokens of row b. With
-// L_i = carried[b, i] + the sum of policies[i, b, :j + 1] - ref[b, :j + 1] over members of w_i = weights[b, i] != 0:
-//   linear (aggregator 0)     log sum_i w_i exp(L_i)
-//   geometric (aggregator 1)  sum_i w_i L_i, -inf if one of them is
-// 0 without members, -inf from the first token on that ref excludes.
+// out[b, j] = the log of the aggregated density ratio of the first j + 1 tokens of row b: of the exp(L_i),
+// L_i = carried[b, i] + the sum of policies[i, b, :j + 1] - ref[b, :j + 1], over members of w_i = weights[b, i] != 0,
+// joined as personafast/aggregator.h says. 0 without members, -inf from the first token on that ref excludes.
 struct ChunkScoresArgs {
   float* out;                 // [rows, chunk]
   const float* ref;           // [rows, chunk]
@@ -16,14 +14,14 @@ struct ChunkScoresArgs {
   const float* weights;       // [rows, members]
   const float* carried;       // [rows, members], or null for 0
   const int32_t* aggregator;  // [rows]
-  const float* p;             // [rows]
+  const float* p;             // [rows], the exponent of rows that have one
   int64_t rows;
   int64_t members;
   int64_t chunk;
 };
 
-// Returns -1, or the first row of an unknown rule or of a negative weight under the linear rule; then what has been
-// written is of no use.
+// Returns -1, or the first row of an unknown rule, of an exponent that is not finite or of a negative weight where its
+// rule allows none; then what has been written is of no use.
 int64_t chunk_scores_cpu(const ChunkScoresArgs& args);
 
 // out[b] = the largest j <= lengths[b] with log_u[b, j - 1] < scores[b, j - 1] - log_bound[b, j - 1], or 0. All
