@@ -26,11 +26,18 @@ class ScrOptions:
     Attributes:
         chunk: k, tokens proposed a round.
         window: W, past rounds whose largest score makes the bound.
-        gamma: safety factor, log M = log gamma + max over the window. One bound a row and prefix length.
+        gamma: safety factor, log M = log gamma + max over the window.
         warmup: rounds at the start of a row that fill the window: their chunk is scored, and one exact token is drawn
             (open in the paper; a bound made of the round's own score would accept anything with 1 / gamma).
         retries: single-token proposals after a whole chunk was refused (open in the paper: one exact token is drawn
             when all of them are refused too).
+        proposal_temperature: divides the proposing logits (open in the paper). None: what divides every model's before
+            the ratios. Another one changes the target: b at this temperature times g of the ratios as they are.
+        fresh_u: a uniform of its own for every prefix that is tried (open in the paper). Without, prefixes meet the
+            one that has refused the longer ones, which adds to the bias.
+        per_length: a bound for every prefix length (open in the paper); otherwise one for all, the largest.
+        carry: under rules that are no product, such as the linear, weigh the policies by their ratios over the text
+            so far. The paper's chunks start anew.
     """
 
     chunk: int = 4
@@ -38,6 +45,10 @@ class ScrOptions:
     gamma: float = 1.2
     warmup: int = 2
     retries: int = 16
+    proposal_temperature: float | None = None
+    fresh_u: bool = True
+    per_length: bool = True
+    carry: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk", "window", "warmup", "retries"):
@@ -45,19 +56,25 @@ class ScrOptions:
                 raise PersonafastError(f"{name}: {getattr(self, name)} is not at least 1")
         if not (math.isfinite(self.gamma) and self.gamma >= 1):
             raise PersonafastError(f"gamma: {self.gamma} is not a finite number of at least 1")
+        t = self.proposal_temperature
+        if t is not None and not (math.isfinite(t) and t > 0):
+            raise PersonafastError(f"proposal_temperature: {t} is not a finite number above 0")
 
 
 class _Bounds:
     """log M per row and prefix length, from a ring of the last W rounds' scores."""
 
     def __init__(self, rows: int, options: ScrOptions, device: torch.device) -> None:
-        self._log_gamma = math.log(options.gamma)
+        self._log_gamma, self._per_length = math.log(options.gamma), options.per_length
         self._ring = torch.full((options.window, rows, options.chunk), -math.inf, dtype=torch.float32, device=device)
         self._next = 0
 
     def log_m(self, scores: torch.Tensor) -> torch.Tensor:
         """float32 [B, k]; the round's own scores where no chunk that long was seen yet."""
-        seen = self._ring.amax(dim=0)[:, : scores.shape[1]]
+        seen = self._ring.amax(dim=0)
+        if not self._per_length:
+            seen = seen.amax(dim=1, keepdim=True).expand_as(seen)
+        seen = seen[:, : scores.shape[1]]
         return self._log_gamma + torch.where(seen == -math.inf, scores, seen)
 
     @property
@@ -75,66 +92,120 @@ class _Bounds:
         self._ring = self._ring[:, rows]
 
 
-def sample_scr(scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws, options: ScrOptions) -> None:
+class _LogMean:
+    """Log of the mean of exp(S) over the chunks proposed to a row, for every row of the call."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._total = torch.full((rows,), -math.inf, dtype=torch.float32, device=device)
+        self._count = torch.zeros_like(self._total)
+
+    def see(self, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        self._total[rows] = torch.logaddexp(self._total[rows], scores)
+        self._count[rows] += 1
+
+    def value(self) -> torch.Tensor:
+        return torch.where(self._count > 0, self._total - self._count.log(), 0.0)
+
+
+def sample_scr(
+    scorer: Scorer,
+    transcript: Transcript,
+    rule: Rule,
+    draws: Draws,
+    options: ScrOptions,
+    *,
+    want_log_z: bool = False,
+) -> None:
     """Propose k tokens from pi_0, accept the chunk when log u < S - log M, else its prefixes, else one token.
 
-    S is `ops.chunk_scores` of the prefix. The target is at chunk level: it depends on k (METHODS 3.3).
+    S is `ops.chunk_scores` of the prefix. The target is at chunk level: it depends on k (METHODS 3.3). Where a policy
+    stands for the base (`Rule.base`), it proposes, and the ratios stay those to pi_0.
 
     Args:
-        scorer: the models.
+        scorer: the models; what it proposes from is the base.
         transcript: receives the tokens; says when rows end.
         rule: weights, aggregator and support mask; `policy_temperature` divides the logits of every member, the
             reference included, before the ratios.
         draws: uniforms of the rows.
-        options: chunk, window, gamma, retries.
+        options: chunk, window, gamma, retries and what else the paper leaves open.
+        want_log_z: make `GenerationStats.log_z`, an estimate.
     """
-    bounds = _Bounds(transcript.alive.numel(), options, transcript.alive.device)
+    device = transcript.alive.device
+    bounds = _Bounds(transcript.alive.numel(), options, device)
+    mean = _LogMean(transcript.alive.numel(), device)
+    carried = torch.zeros_like(rule.weights) if options.carry else None
     while transcript.open:
-        round_ = _Round(scorer, transcript, rule, draws, options)
+        round_ = _Round(scorer, transcript, rule, draws, options, carried)
         scores = round_.scores()
         log_m = bounds.log_m(scores)
         tokens, going = round_.draft.clone(), ~transcript.ended
         if bounds.rounds < options.warmup:
             counts = torch.ones_like(round_.positions)
-            tokens[:, 0] = round_.exact_token(torch.arange(counts.numel(), device=counts.device))
+            tokens[:, 0] = round_.exact_token(torch.arange(counts.numel(), device=device))
             transcript.stats.exact += int(going.sum())
         else:
             accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths).long()
-            _count(transcript.stats, scores, log_m, torch.where(going, round_.lengths, 0), accepted * going)
+            transcript.count(round_.lengths, accepted)
+            _count(transcript.stats, scores, log_m, torch.where(going, round_.lengths, 0), accepted)
             stuck = ((accepted == 0) & going).nonzero().flatten()
             if stuck.numel():
                 tokens[stuck, 0] = _one_token(round_, stuck, log_m[stuck, 0], options, transcript.stats)
             counts = accepted.clamp(min=1)
         bounds.see(torch.where(_within(round_.lengths, scores.shape[1]), scores, -math.inf))
+        if want_log_z:
+            whole = scores.gather(1, round_.lengths[:, None].long() - 1)[:, 0]
+            mean.see(transcript.alive[going], whole[going])
         # A row that has ended stays as it is until it leaves the batch.
         counts = counts * going
+        if carried is not None:
+            carried = carried + round_.log_ratios(tokens, counts)
         transcript.append(tokens, counts)
         scorer.commit(tokens, counts)
         rows = transcript.shrink()
         if rows is not None:
+            carried = carried[rows] if carried is not None else None
             for part in (scorer, rule, draws, bounds):
                 part.keep(rows)
+    if want_log_z:
+        transcript.stats.log_z = mean.value()
 
 
 class _Round:
     """One proposed chunk and everything its acceptance needs."""
 
-    def __init__(self, scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws, options: ScrOptions) -> None:
-        t = rule.policy_temperature
-        self.rule, self.positions, self.draws = rule, transcript.positions, draws
+    def __init__(
+        self,
+        scorer: Scorer,
+        transcript: Transcript,
+        rule: Rule,
+        draws: Draws,
+        options: ScrOptions,
+        carried: torch.Tensor | None,
+    ) -> None:
+        self.rule, self.positions, self.draws, self.carried = rule, transcript.positions, draws, carried
+        self._moved = options.proposal_temperature is not None
+        t = rule.policy_temperature if options.proposal_temperature is None else options.proposal_temperature
         # No row needs more tokens than the one with the most room.
         chunk = min(options.chunk, int(torch.where(transcript.ended, 1, transcript.room).max()))
         u = draws.uniform(Stream.PROPOSE, self.positions, chunk)
-        self.log_u = draws.uniform(Stream.ACCEPT, self.positions, chunk).log().float()
         draft = torch.empty(self.positions.numel(), 0, dtype=torch.long, device=self.positions.device)
-        proposals = []
-        for j in range(chunk):
+        going, proposals = ~transcript.ended, []
+        while draft.shape[1] < chunk and bool(going.any()):
             logits = scorer.propose(draft)
             proposals.append(logits)
-            draft = torch.cat([draft, choose(logits / t, u[:, j])[:, None]], dim=1)
+            token = choose(logits / t, u[:, draft.shape[1]])
+            draft = torch.cat([draft, token[:, None]], dim=1)
+            going = going & ~transcript.is_eos(token)
         self.draft = draft
-        self.reference = torch.stack(proposals, dim=1)  # [B, k, V]
-        _, self.policies = scorer.score(draft[:, :-1], reference=False)  # [N, B, k, V]
+        self.log_u = draws.uniform(Stream.ACCEPT, self.positions, draft.shape[1]).log().float()
+        if not options.fresh_u:
+            self.log_u = self.log_u[:, :1].expand_as(self.log_u)
+        proposing = torch.stack(proposals, dim=1)  # [B, k, V]
+        self.log_proposal = (proposing[:, 0] / t).log_softmax(dim=-1)
+        self._at_rule = (proposing[:, 0] / rule.policy_temperature).log_softmax(dim=-1)
+        reference, self.policies = scorer.score(draft[:, :-1], reference=True)  # [N, B, k, V]
+        # A scorer whose reference proposes need not run it again.
+        self.reference = proposing if reference is None else reference
         # A chunk ends with the row: what follows an EOS or lies beyond the limit is neither scored nor kept.
         ends = transcript.is_eos(draft).long()
         before_eos = (ends.cumsum(dim=1) - ends == 0).sum(dim=1)
@@ -147,7 +218,7 @@ class _Round:
         ref = (self.reference / t).log_softmax(dim=-1).gather(2, index).squeeze(2)
         of = (self.policies / t).log_softmax(dim=-1)
         of = of.gather(3, index.expand(of.shape[0], -1, -1, -1)).squeeze(3)
-        scores = rule.scores(ref, of)
+        scores = _grown(rule, ref, of, self.carried)
         if bool(rule.min_p.any()):
             for j in range(self.draft.shape[1]):
                 inside = rule.supported(self.reference[:, j], self.policies[:, :, j])
@@ -155,15 +226,39 @@ class _Round:
                 scores[:, j:] = torch.where(inside, scores[:, j:], -math.inf)
         return scores
 
-    def local(self, rows: torch.Tensor) -> tuple[Rule, torch.Tensor, torch.Tensor]:
-        """The rule and the cached next-token logits at Y of some rows: reference [b, V], policies [N, b, V]."""
-        return self.rule.select(rows), self.reference[rows, 0], self.policies[:, rows, 0]
+    def log_ratios(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """What the round's tokens add to the log ratios of the text, float32 [B, N]."""
+        batch, chunk = tokens.shape
+        members, vocabulary = self.policies.shape[0], self.reference.shape[2]
+        steps = self.rule.log_ratios(
+            self.reference.reshape(-1, vocabulary), self.policies.reshape(members, -1, vocabulary), tokens.flatten()
+        )
+        kept = _within(counts, chunk)[..., None]
+        return torch.where(kept, steps.view(batch, chunk, members), 0.0).sum(dim=1)
+
+    def local(self, rows: torch.Tensor) -> tuple[Rule, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rule, cached next-token logits at Y and carried log ratios of some rows: [b, V], [N, b, V] and [b, N]."""
+        carried = None if self.carried is None else self.carried[rows]
+        return self.rule.select(rows), self.reference[rows, 0], self.policies[:, rows, 0], carried
 
     def exact_token(self, rows: torch.Tensor) -> torch.Tensor:
         """One token of the token-level target for some rows, int64 [b]; no forward pass is needed."""
-        rule, reference, policies = self.local(rows)
+        rule, reference, policies, carried = self.local(rows)
         u = self.draws.uniform(Stream.EXACT, self.positions)[rows, 0]
-        return choose(rule.target(reference, policies), u)
+        target = rule.target(reference, policies, carried)
+        if self._moved:
+            moved = target + self.log_proposal[rows] - self._at_rule[rows]
+            target = torch.where(target == -math.inf, target, moved)
+        return choose(target, u)
+
+
+def _grown(rule: Rule, reference: torch.Tensor, policies: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
+    """`Rule.scores` of a chunk, relative to that of the text before it: what a bound can be compared with."""
+    scores = rule.scores(reference, policies, carried)
+    if carried is None:
+        return scores
+    nothing = torch.zeros_like(reference[:, :1])
+    return scores - rule.scores(nothing, nothing.expand(policies.shape[0], -1, -1), carried)
 
 
 def _within(lengths: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -174,8 +269,7 @@ def _count(
     stats: GenerationStats, scores: torch.Tensor, log_m: torch.Tensor, lengths: torch.Tensor, accepted: torch.Tensor
 ) -> None:
     within = _within(lengths, scores.shape[1])
-    stats.proposed += int(lengths.sum())
-    stats.accepted += int(accepted.sum())
+    stats.salvaged += int(((accepted > 0) & (accepted < lengths)).sum())
     stats.scored += int(within.sum())
     stats.clipped += int(((scores > log_m) & within).sum())
 
@@ -184,8 +278,8 @@ def _one_token(
     round_: _Round, rows: torch.Tensor, log_m: torch.Tensor, options: ScrOptions, stats: GenerationStats
 ) -> torch.Tensor:
     """Single-token rejection sampling from the cached logits at Y, then one exact token after the retry cap."""
-    rule, reference, policies = round_.local(rows)
-    t = rule.policy_temperature
+    rule, reference, policies, carried = round_.local(rows)
+    t, proposal = rule.policy_temperature, round_.log_proposal[rows]
     logp, of = (reference / t).log_softmax(dim=-1), (policies / t).log_softmax(dim=-1)
     inside = rule.supported(reference, policies) if bool(rule.min_p.any()) else None
     u = round_.draws.uniform(Stream.RETRY, round_.positions, 2 * options.retries)[rows]
@@ -194,9 +288,9 @@ def _one_token(
         open_ = token < 0
         if not bool(open_.any()):
             return token
-        index = choose(logp, u[:, 2 * attempt])[:, None]
+        index = choose(proposal, u[:, 2 * attempt])[:, None]
         of_token = of.gather(2, index.expand(of.shape[0], -1, 1))
-        score = rule.scores(logp.gather(1, index), of_token)[:, 0]
+        score = _grown(rule, logp.gather(1, index), of_token, carried)[:, 0]
         good = u[:, 2 * attempt + 1].log().float() < score - log_m
         if inside is not None:
             good &= inside.gather(1, index)[:, 0]

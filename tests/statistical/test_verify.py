@@ -14,8 +14,9 @@ from personafast.ops import verify_draft
 SAMPLES = 1_000_000
 BATCH = 125_000
 TABLES = Tables(policies=2)
-_G = torch.Generator().manual_seed(77)
-AHEAD = TABLES.logits[0] + 0.7 * torch.randn(TABLES.logits.shape[1:], generator=_G)
+NOISE = torch.randn(TABLES.logits.shape[1:], generator=torch.Generator().manual_seed(77))
+# As a merge is: near the geometric target, so that drafts are kept, and not the same.
+AHEAD = TABLES.logits[1] + TABLES.logits[2] - TABLES.logits[0] + 0.7 * NOISE
 GEOMETRIC = ([1.0, 1.0], "geometric")
 LINEAR = ([0.6, 0.4], "linear")
 
@@ -161,7 +162,7 @@ def test_a_block_keeps_more_than_single_tokens_do():
         run = run_verify(GEOMETRIC, "ahead", chunk=3, block=block)
         _, (stats,) = sample(run, TABLES, 200_000, 1, batch=200_000, ahead=AHEAD)
         kept.append(stats.tokens_per_round)
-    assert kept[1] > kept[0] + 0.01
+    assert kept[1] > kept[0] + 0.005
 
 
 @pytest.mark.parametrize("member", [0, 1])
@@ -204,13 +205,21 @@ def off_by_one(logp, *others):
     return verify_draft(torch.cat([logp[:, 1:], logp[:, -1:]], dim=1), *others)
 
 
-@pytest.mark.parametrize("block", [False, True], ids=["token", "block"])
-@pytest.mark.parametrize("mistake", [AcceptedByTheSameNumber, ByOwnPosition, without_residual, off_by_one])
+@pytest.mark.parametrize(
+    ("mistake", "block"),
+    [
+        (mistake, block)
+        for mistake in (AcceptedByTheSameNumber, without_residual, off_by_one, ByOwnPosition)
+        for block in (False, True)
+        # Token by token, what was drafted behind a refused token decides nothing, so its uniform is as good as new.
+        if block or mistake is not ByOwnPosition
+    ],
+)
 def test_mistakes_are_caught(mistake, block, monkeypatch):
     """Positive controls: each must fail the test that the sampler passes."""
     more = {"kind": mistake} if isinstance(mistake, type) else {}
     if not more:
         monkeypatch.setattr(verify.ops, "verify_draft", mistake)
-    run = run_verify(GEOMETRIC, "ahead", chunk=2, block=block)
+    run = run_verify(GEOMETRIC, "ahead", chunk=3, block=block)
     code, _ = sample(run, TABLES, 500_000, 1, batch=BATCH, ahead=AHEAD, **more)
     assert p_value(code, TABLES.joint(rule(1, *GEOMETRIC))) < 1e-6

@@ -1,0 +1,95 @@
+"""Token-level rejection sampling with a valid bound: exact, one token a round, the baseline of arXiv 2511.01891."""
+
+from __future__ import annotations
+
+import torch
+
+from personafast.density.direct import Process
+from personafast.density.draws import Draws, Stream, check_target, choose, settle
+from personafast.density.normaliser import base_logits, log_normalisers
+from personafast.density.rule import Rule
+from personafast.density.scorer import Scorer
+from personafast.density.transcript import Transcript
+from personafast.errors import PersonafastError
+
+
+def sample_token_rs(
+    scorer: Scorer,
+    transcript: Transcript,
+    rule: Rule,
+    draws: Draws,
+    *,
+    retries: int = 64,
+    process: Process | None = None,
+    want_log_z: bool = False,
+) -> None:
+    """Draw every token from the token-level target q by rejection: y ~ b stands with probability q(y) / (b(y) M).
+
+    M = max_y q(y) / b(y) over the vocabulary, that is, max g(r) / Z: no ratio is above it. Every proposal is made from
+    the same logits with new uniforms; after `retries` of them in vain the token is drawn from q itself.
+
+    Why that is exact: a proposal is y and stands with probability b(y) q(y) / (b(y) M) = q(y) / M, so one that stands
+    is a draw from q, whichever in the row of proposals it is. Whether any of them stands is settled with probability
+    1 - (1 - 1 / M)^retries, whatever the token would be; otherwise the token is a draw from q by other uniforms. Both
+    cases give q, and so does their mixture. Where b rules out what q allows, M is infinite, nothing stands, and all
+    tokens come from q.
+
+    Args:
+        scorer: the models.
+        transcript: receives the tokens; says when rows end.
+        rule: weights, aggregator and support mask of every row; b is the reference, or the policy in its place, at
+            `policy_temperature`.
+        draws: uniforms.
+        retries: most proposals a token.
+        process: user processors and warpers, (ids [b, l], log-target [b, V]) -> scores [b, V].
+        want_log_z: make `GenerationStats.log_z`.
+
+    Raises:
+        PersonafastError: a target has no token left, or `retries` is below 1.
+    """
+    if retries < 1:
+        raise PersonafastError(f"retries: {retries} is not at least 1")
+    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
+    while transcript.open:
+        reference, policies = scorer.score(nothing, reference=True)
+        assert reference is not None
+        plain = target = rule.targets(reference, policies)[:, 0]
+        if process is not None:
+            target = process(transcript.ids(), target)
+        log_q = settle(target.double(), transcript.ended).log_softmax(dim=-1)
+        check_target(torch.where(log_q[:, 0].isnan(), torch.nan, 0.0))
+        base = base_logits(rule, reference, policies)[:, 0].double() / rule.policy_temperature
+        token = _accepted(log_q, base.log_softmax(dim=-1), transcript, draws, retries)
+        before = transcript.positions
+        transcript.append(token[:, None], torch.ones_like(token))
+        if want_log_z:
+            values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None])
+            transcript.add_log_z(values, before)
+        scorer.commit(token[:, None], torch.ones_like(token))
+        rows = transcript.shrink()
+        if rows is not None:
+            nothing = nothing[rows]
+            for part in (scorer, rule, draws):
+                part.keep(rows)
+
+
+def _accepted(
+    log_q: torch.Tensor, log_b: torch.Tensor, transcript: Transcript, draws: Draws, retries: int
+) -> torch.Tensor:
+    """One token of q for every row, int64 [B], by way of proposals from b."""
+    ratio = torch.where(log_q == -torch.inf, -torch.inf, log_q - log_b)
+    log_m = ratio.amax(dim=-1)
+    positions, stats, going = transcript.positions, transcript.stats, ~transcript.ended
+    u = draws.uniform(Stream.RETRY, positions, 2 * retries)
+    token, open_ = torch.zeros_like(positions), torch.ones_like(going)
+    for attempt in range(retries):
+        proposed = choose(log_b, u[:, 2 * attempt])
+        good = u[:, 2 * attempt + 1].log() < ratio.gather(1, proposed[:, None])[:, 0] - log_m
+        token = torch.where(open_ & good, proposed, token)
+        stats.proposed += int((open_ & going).sum())
+        stats.accepted += int((open_ & good & going).sum())
+        open_ = open_ & ~good
+        if not bool((open_ & going).any()):
+            return token
+    stats.exact += int((open_ & going).sum())
+    return torch.where(open_, choose(log_q, draws.uniform(Stream.EXACT, positions)[:, 0]), token)
