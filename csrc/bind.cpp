@@ -67,6 +67,10 @@ int64_t chunk_scores(uintptr_t out, uintptr_t ref, uintptr_t policies, uintptr_t
 
 void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
 
+void expm1_each(uintptr_t x, uintptr_t out, int64_t count) { expm1_cpu(at<const float>(x), at<float>(out), count); }
+
+void log1p_each(uintptr_t x, uintptr_t out, int64_t count) { log1p_cpu(at<const float>(x), at<float>(out), count); }
+
 void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
 
 int64_t add_inject_rms_norm(uintptr_t normed, uintptr_t residual_out, uintptr_t update, int64_t update_stride,
@@ -322,9 +326,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("chunk_accept", &chunk_accept, "personafast/chunk_scores.h");
   module.def("chunk_scores", &chunk_scores, "personafast/chunk_scores.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
+  module.def("expm1", &expm1_each, "personafast/elementary.h");
   module.def("inject_", &inject, "personafast/inject.h");
   module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
+  module.def("log1p", &log1p_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
   module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
   module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");

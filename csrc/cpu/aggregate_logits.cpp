@@ -41,30 +41,67 @@ class Rows {
     const int64_t bytes = args_.dtype == Dtype::f32 ? 4 : 2;
     const float* weights = args_.weights + row * args_.members;
     const float* carried = args_.carried ? args_.carried + row * args_.members : nullptr;
-    const char* ref = static_cast<const char*>(args_.ref) + row * args_.ref_stride * bytes;
+    const void* ref = static_cast<const char*>(args_.ref) + row * args_.ref_stride * bytes;
     const float floor = args_.min_p[row] > 0.0f ? logf(args_.min_p[row]) : -kInfinity;
     out_ = args_.out + row * args_.vocabulary;
+    p_ = args_.p[row];
     masked_ = args_.min_p[row] > 0.0f;
     members_.clear();
-    log_mix_.clear();
-    float weight = 0.0f;
-    for (int64_t i = 0; i < args_.members; ++i) {
-      if (weights[i] == 0.0f) continue;
-      const int64_t offset = i * args_.policy_stride_n + row * args_.policy_stride_b;
-      members_.push_back({static_cast<const char*>(args_.policies) + offset * bytes, 0.0f, weights[i], floor});
-      log_mix_.push_back(log(static_cast<double>(weights[i])) + (carried ? static_cast<double>(carried[i]) : 0.0));
-      weight += weights[i];
+    offsets_.clear();
+    double size = 0.0;
+    for (int64_t i = 0; i < args_.members; ++i) size += fabsf(weights[i]);
+    // Those that are added before those that are taken away.
+    const bool linear = args_.aggregator[row] == static_cast<int32_t>(Aggregator::linear);
+    for (const bool taken : {false, true}) {
+      for (int64_t i = 0; i < args_.members; ++i) {
+        if (weights[i] == 0.0f || taken != (linear && !(weights[i] > 0.0f))) continue;
+        const int64_t offset = i * args_.policy_stride_n + row * args_.policy_stride_b;
+        members_.push_back({static_cast<const char*>(args_.policies) + offset * bytes, 0.0f, weights[i],
+                            static_cast<float>(weights[i] / size), taken ? kInfinity : floor});
+        offsets_.push_back(carried ? carried[i] : 0.0);
+      }
+      if (!taken) added_ = static_cast<int64_t>(members_.size());
     }
-    mixture_ = args_.aggregator[row] == 0 && !members_.empty();
-    const float rest = 1.0f - weight;
-    if (!mixture_ && (members_.empty() || fabsf(rest) > kReferenceShare)) {
-      const bool member = members_.empty() || rest > kReferenceShare;
-      members_.push_back({ref, 0.0f, rest, member ? floor : kInfinity});
-    }
+    choose(members_.empty() ? Aggregator::geometric : static_cast<Aggregator>(args_.aggregator[row]), ref, floor);
     target();
   }
 
  private:
+  // What the rule makes of the members; adds the reference where it is one of them.
+  void choose(Aggregator aggregator, const void* ref, float floor) {
+    switch (aggregator) {
+      case Aggregator::linear:
+        rule_ = LogitsRule::mixture;
+        for (size_t i = 0; i < members_.size(); ++i) offsets_[i] += log(fabs(static_cast<double>(members_[i].weight)));
+        break;
+      case Aggregator::geometric: {
+        rule_ = LogitsRule::product;
+        float rest = 1.0f;
+        for (const LogitsMember& member : members_) rest -= member.weight;
+        std::fill(offsets_.begin(), offsets_.end(), 0.0);
+        if (members_.empty() || fabsf(rest) > kReferenceShare) {
+          members_.push_back({ref, 0.0f, rest, 0.0f, rest > kReferenceShare ? floor : kInfinity});
+        }
+        break;
+      }
+      case Aggregator::power:
+        rule_ = fabsf(p_) < kSmallestExponent ? LogitsRule::product : LogitsRule::power;
+        for (LogitsMember& member : members_) member.weight = member.share;
+        break;
+      case Aggregator::jensen_shannon:
+        rule_ = LogitsRule::jensen_shannon;
+        members_.push_back({ref, 0.0f, 0.0f, 0.0f, kInfinity});
+        offsets_.push_back(0.0);
+        break;
+      case Aggregator::min:
+        rule_ = LogitsRule::least;
+        break;
+      case Aggregator::max:
+        rule_ = LogitsRule::greatest;
+        break;
+    }
+  }
+
   template <class Run>
   void each_block(int64_t streams, Run run) {
     split(blocks_, args_.vocabulary * streams, kLogitsPerThread, threads_, [&](int64_t begin, int64_t end) {
@@ -110,7 +147,7 @@ class Rows {
     const int64_t tile = begin / kLogitsTile;
     float* maxima = &maxima_[i * tiles_ + tile];
     PERSONAFAST_RUN(isa_, logits_max, members_[i].logits, args_.dtype, begin, end, maxima);
-    if (!mixture_) return;
+    if (rule_ == LogitsRule::product) return;
     const int64_t at = i * blocks_ + block;
     const float max = top(maxima, std::min(kBlock / kLogitsTile, tiles_ - tile));
     block_maxima_[at] = max;
@@ -118,8 +155,8 @@ class Rows {
     PERSONAFAST_RUN(isa_, logits_sum_exp, members_[i].logits, args_.dtype, begin, end, max, &sums_[at]);
   }
 
-  // Finds the largest logit of every member and, for a mixture, their shares less the logs of their sums of exp. False
-  // if one of those is no number.
+  // Finds the largest logit of every member and, for all rules but the product, what takes a shifted logit to the log
+  // of its term: the member's offset less the log of its sum of exp. False if one of those is no number.
   bool weigh() {
     const int64_t count = static_cast<int64_t>(members_.size());
     // One member after the other: the memory follows one stream better than several.
@@ -128,22 +165,23 @@ class Rows {
         for (int64_t block = first; block < last; ++block) weigh_block(i, block);
       }
     });
-    double log_whole = 0.0;
-    if (mixture_) {
-      const double most = *std::max_element(log_mix_.begin(), log_mix_.end());
+    // What all members have in common is taken out, but not where the reference is compared with them.
+    double common = 0.0;
+    if (rule_ != LogitsRule::product && rule_ != LogitsRule::jensen_shannon) {
+      const double most = *std::max_element(offsets_.begin(), offsets_.end());
       double whole = 0.0;
-      for (const double share : log_mix_) whole += exp(share - most);
-      if (most > -kInfinity) log_whole = most + log(whole);
+      for (const double offset : offsets_) whole += exp(offset - most);
+      if (most > -kInfinity) common = most + log(whole);
     }
     bool numbers = true;
     for (int64_t i = 0; i < count; ++i) {
       const float max = top(&maxima_[i * tiles_], tiles_);
       // Logits that are not numbers, or all of them infinite, have no softmax.
       members_[i].shift = fabsf(max) < kInfinity ? max : kNan;
-      if (!mixture_) continue;
-      const double share = log_mix_[i] - log_whole;
-      members_[i].weight = static_cast<float>(share - log_sum(&block_maxima_[i * blocks_], &sums_[i * blocks_], max));
-      numbers = numbers && share == share && fabsf(max) < kInfinity;
+      if (rule_ == LogitsRule::product) continue;
+      const double offset = offsets_[i] - common;
+      members_[i].weight = static_cast<float>(offset - log_sum(&block_maxima_[i * blocks_], &sums_[i * blocks_], max));
+      numbers = numbers && offset == offset && fabsf(max) < kInfinity;
     }
     return numbers;
   }
@@ -158,11 +196,18 @@ class Rows {
 
   // Writes the target of members_.
   void target() {
-    if (!weigh()) return fill_with_nan();
-    const LogitsBlend blend = {out_,        members_.data(), static_cast<int64_t>(members_.size()),
-                               args_.dtype, mixture_,        masked_};
+    if (rule_ == LogitsRule::product) {
+      // Common to all tokens, and nothing to them unless it is infinite.
+      double offset = 0.0;
+      for (const double log_ratio : offsets_) offset += log_ratio;
+      if (offset == -kInfinity) return fill(-kInfinity);
+      if (!(offset < kInfinity)) return fill(kNan);
+    }
+    if (!weigh()) return fill(kNan);
+    const LogitsBlend blend = {out_, members_.data(), static_cast<int64_t>(members_.size()), added_, args_.dtype, rule_,
+                               p_,   masked_};
     // A mixture is normalised as it is.
-    const bool normalised = mixture_ && !masked_;
+    const bool normalised = rule_ == LogitsRule::mixture && added_ == blend.count && !masked_;
     each_block(masked_ ? 1 : blend.count + 1, [&](int64_t block) {
       const int64_t begin = block * (kBlock / kLogitsTile);
       for (int64_t tile = begin; tile < std::min(begin + kBlock / kLogitsTile, tiles_); ++tile) {
@@ -189,7 +234,7 @@ class Rows {
     });
     float norm = top(block_maxima_.data(), blocks_);
     if (norm == -kInfinity) return;  // no token is left
-    if (norm != norm) return fill_with_nan();
+    if (norm != norm) return fill(kNan);
     if (normalised) return;
     if (norm < kInfinity) norm = static_cast<float>(norm + log_sum(block_maxima_.data(), sums_.data(), norm));
     each_block(1, [&](int64_t block) {
@@ -198,16 +243,19 @@ class Rows {
     });
   }
 
-  void fill_with_nan() { std::fill(out_, out_ + args_.vocabulary, kNan); }
+  void fill(float value) { std::fill(out_, out_ + args_.vocabulary, value); }
 
   const AggregateLogitsArgs& args_;
   const Isa isa_;
   const int threads_;
   const int64_t blocks_, tiles_;
   float* out_ = nullptr;
-  bool masked_ = false, mixture_ = false;
+  float p_ = 0.0f;
+  bool masked_ = false;
+  LogitsRule rule_ = LogitsRule::product;
+  int64_t added_ = 0;
   std::vector<LogitsMember> members_;
-  std::vector<double> log_mix_;
+  std::vector<double> offsets_;             // [members], log ratios of the text so far, of a mixture with log weights
   std::vector<char> active_;                // [tiles]
   std::vector<float> maxima_;               // [members, tiles]
   std::vector<float> block_maxima_, sums_;  // [members, blocks]
@@ -215,9 +263,9 @@ class Rows {
 
 int64_t first_wrong_row(const AggregateLogitsArgs& args) {
   for (int64_t row = 0; row < args.rows; ++row) {
-    if (args.aggregator[row] != 0 && args.aggregator[row] != 1) return row;
+    if (!rule_fits(args.aggregator[row], args.p[row])) return row;
     if (!(args.min_p[row] >= 0.0f && args.min_p[row] <= 1.0f)) return row;
-    if (args.aggregator[row] == 1) continue;
+    if (weights_have_signs(args.aggregator[row])) continue;
     for (int64_t i = 0; i < args.members; ++i) {
       if (args.weights[row * args.members + i] < 0.0f) return row;
     }

@@ -101,7 +101,7 @@ __m256 barred(const LogitsBlend& b, int64_t i, int64_t n) {
 }
 
 template <Dtype D, int V>
-void geometric(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m256* kept) {
+void product(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m256* kept) {
   for (int v = 0; v < V; ++v) target[v] = _mm256_setzero_ps();
   for (int64_t k = 0; k < b.count; ++k) {
     const LogitsMember& member = b.members[k];
@@ -123,36 +123,145 @@ void geometric(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m25
   }
 }
 
+// Tokens from i on of a member, after the shift; which of them are in its support is added to kept.
+template <Dtype D, int V>
+void see(const LogitsMember& member, int64_t i, int64_t n, __m256* x, __m256* kept) {
+  const __m256 shift = _mm256_set1_ps(member.shift);
+  const __m256 floor = _mm256_set1_ps(member.floor);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    x[v] = _mm256_sub_ps(load<D>(member.logits, i + 8 * v, n), shift);
+    kept[v] = _mm256_or_ps(kept[v], _mm256_cmp_ps(x[v], floor, _CMP_GE_OQ));
+  }
+}
+
+// weight + logits - shift of 8 tokens.
+template <Dtype D>
+__m256 term(const LogitsMember& member, int64_t i, int64_t n) {
+  const __m256 x = _mm256_sub_ps(load<D>(member.logits, i, n), _mm256_set1_ps(member.shift));
+  return _mm256_add_ps(_mm256_set1_ps(member.weight), x);
+}
+
 template <Dtype D, int V>
 void mixture(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m256* kept) {
   // Finite, so that a token no member can produce is exp(-inf) and not exp(NaN).
-  __m256 top[V];
+  __m256 top[V], x[V];
   for (int v = 0; v < V; ++v) top[v] = _mm256_set1_ps(-__FLT_MAX__);
   for (int64_t k = 0; k < b.count; ++k) {
-    const LogitsMember& member = b.members[k];
-    const __m256 shift = _mm256_set1_ps(member.shift);
-    const __m256 weight = _mm256_set1_ps(member.weight);
-    const __m256 floor = _mm256_set1_ps(member.floor);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m256 x = _mm256_sub_ps(load<D>(member.logits, i + 8 * v, n), shift);
-      top[v] = _mm256_max_ps(top[v], _mm256_add_ps(weight, x));
-      kept[v] = _mm256_or_ps(kept[v], _mm256_cmp_ps(x, floor, _CMP_GE_OQ));
-    }
+    see<D, V>(b.members[k], i, n, x, kept);
+    const __m256 weight = _mm256_set1_ps(b.members[k].weight);
+    for (int v = 0; v < V; ++v) top[v] = _mm256_max_ps(top[v], _mm256_add_ps(weight, x[v]));
   }
-  __m256 sum[V];
-  for (int v = 0; v < V; ++v) sum[v] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < b.count; ++k) {
-    const LogitsMember& member = b.members[k];
-    const __m256 shift = _mm256_set1_ps(member.shift);
-    const __m256 weight = _mm256_set1_ps(member.weight);
+  const auto sum_of = [&](int64_t k, int64_t end, __m256* sum) {
+    for (int v = 0; v < V; ++v) sum[v] = _mm256_setzero_ps();
+    for (; k < end; ++k) {
 #pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const __m256 y = term<D>(b.members[k], i + 8 * v, n);
+        sum[v] = _mm256_add_ps(sum[v], exp_ps(_mm256_sub_ps(y, top[v])));
+      }
+    }
+  };
+  __m256 sum[V];
+  sum_of(0, b.added, sum);
+  if (b.added < b.count) {
+    __m256 taken[V];
+    sum_of(b.added, b.count, taken);
     for (int v = 0; v < V; ++v) {
-      const __m256 x = _mm256_add_ps(weight, _mm256_sub_ps(load<D>(member.logits, i + 8 * v, n), shift));
-      sum[v] = _mm256_add_ps(sum[v], exp_ps(_mm256_sub_ps(x, top[v])));
+      const __m256 rest = _mm256_sub_ps(sum[v], taken[v]);
+      const __m256 rounding = _mm256_mul_ps(sum[v], _mm256_set1_ps(kCancelled));
+      sum[v] = _mm256_and_ps(rest, _mm256_cmp_ps(rest, rounding, _CMP_NLE_UQ));
     }
   }
   for (int v = 0; v < V; ++v) target[v] = _mm256_add_ps(top[v], log_ps(sum[v]));
+}
+
+template <Dtype D, int V>
+void extreme(const LogitsBlend& b, bool greatest, int64_t i, int64_t n, __m256* target, __m256* kept) {
+  __m256 x[V];
+  for (int v = 0; v < V; ++v) target[v] = _mm256_set1_ps(greatest ? -kInfinity : kInfinity);
+  for (int64_t k = 0; k < b.count; ++k) {
+    see<D, V>(b.members[k], i, n, x, kept);
+    const __m256 weight = _mm256_set1_ps(b.members[k].weight);
+    for (int v = 0; v < V; ++v) {
+      const __m256 y = _mm256_add_ps(weight, x[v]);
+      target[v] = greatest ? _mm256_max_ps(target[v], y) : _mm256_min_ps(target[v], y);
+    }
+  }
+}
+
+template <Dtype D, int V>
+void power(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m256* kept) {
+  // The term that counts most.
+  __m256 top[V];
+  extreme<D, V>(b, b.p > 0.0f, i, n, top, kept);
+  const __m256 p = _mm256_set1_ps(b.p);
+  __m256 sum[V], more[V];
+  for (int v = 0; v < V; ++v) sum[v] = more[v] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < b.count; ++k) {
+    const __m256 share = _mm256_set1_ps(b.members[k].share);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m256 y = _mm256_mul_ps(p, _mm256_sub_ps(term<D>(b.members[k], i + 8 * v, n), top[v]));
+      sum[v] = _mm256_fmadd_ps(share, exp_ps(y), sum[v]);
+      more[v] = _mm256_fmadd_ps(share, expm1_ps(y), more[v]);
+    }
+  }
+  const __m256 low = _mm256_set1_ps(-kInfinity);
+  for (int v = 0; v < V; ++v) {
+    // The log of 1 + more, which far from 1 is less exact than that of the sum.
+    const __m256 near = _mm256_cmp_ps(more[v], _mm256_set1_ps(-0.25f), _CMP_GT_OQ);
+    const __m256 log_sum = where(near, log1p_ps(more[v]), log_ps(sum[v]));
+    const __m256 none = _mm256_cmp_ps(top[v], low, _CMP_EQ_OQ);
+    target[v] = where(none, low, _mm256_add_ps(top[v], _mm256_div_ps(log_sum, p)));
+  }
+}
+
+// Where every ratio, y_i less y_0, is so large that log s rounds to 0: log(s / (1 - s)) is then their harmonic mean.
+template <Dtype D>
+__m256 harmonic(const LogitsBlend& b, int64_t i, int64_t n, __m256 y0, __m256 least) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t k = 0; k + 1 < b.count; ++k) {
+    const __m256 ratio = _mm256_sub_ps(term<D>(b.members[k], i, n), y0);
+    sum = _mm256_fmadd_ps(_mm256_set1_ps(b.members[k].share), exp_ps(_mm256_sub_ps(least, ratio)), sum);
+  }
+  return _mm256_sub_ps(least, log_ps(sum));
+}
+
+template <Dtype D, int V>
+void jensen_shannon(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, __m256* kept) {
+  const LogitsMember& reference = b.members[b.count - 1];
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 low = _mm256_set1_ps(-kInfinity);
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 y0[V], least[V], u[V], x[V];
+  for (int v = 0; v < V; ++v) {
+    y0[v] = term<D>(reference, i + 8 * v, n);
+    least[v] = _mm256_set1_ps(kInfinity);
+    u[v] = zero;
+  }
+  for (int64_t k = 0; k + 1 < b.count; ++k) {
+    see<D, V>(b.members[k], i, n, x, kept);
+    const __m256 weight = _mm256_set1_ps(b.members[k].weight);
+    const __m256 share = _mm256_set1_ps(b.members[k].share);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m256 ratio = _mm256_sub_ps(_mm256_add_ps(weight, x[v]), y0[v]);
+      least[v] = _mm256_min_ps(least[v], ratio);
+      // -log sigmoid(ratio) = log(1 + e^-ratio)
+      const __m256 small = log1p_ps(exp_ps(_mm256_or_ps(ratio, sign)));
+      u[v] = _mm256_fmadd_ps(share, _mm256_sub_ps(small, _mm256_min_ps(ratio, zero)), u[v]);
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    // u is -log s, so log(s / (1 - s)) = -u - log(1 - e^-u).
+    const __m256 rest = _mm256_sub_ps(zero, expm1_ps(_mm256_sub_ps(zero, u[v])));
+    __m256 mean = _mm256_sub_ps(_mm256_sub_ps(zero, u[v]), log_ps(rest));
+    const __m256 large = _mm256_cmp_ps(least[v], _mm256_set1_ps(kHarmonicLimit), _CMP_GT_OQ);
+    if (_mm256_movemask_ps(large)) mean = where(large, harmonic<D>(b, i + 8 * v, n, y0[v], least[v]), mean);
+    const __m256 none = _mm256_cmp_ps(y0[v], low, _CMP_EQ_OQ);
+    target[v] = where(none, low, _mm256_add_ps(y0[v], mean));
+  }
 }
 
 template <Dtype D, int V>
@@ -160,10 +269,22 @@ void tile(const LogitsBlend& b, int64_t i, int64_t n, Maximum* maxima) {
   __m256 target[V];
   __m256 kept[V];
   for (int v = 0; v < V; ++v) kept[v] = _mm256_setzero_ps();
-  if (b.mixture) {
-    mixture<D, V>(b, i, n, target, kept);
-  } else {
-    geometric<D, V>(b, i, n, target, kept);
+  switch (b.rule) {
+    case LogitsRule::product:
+      product<D, V>(b, i, n, target, kept);
+      break;
+    case LogitsRule::mixture:
+      mixture<D, V>(b, i, n, target, kept);
+      break;
+    case LogitsRule::power:
+      power<D, V>(b, i, n, target, kept);
+      break;
+    case LogitsRule::jensen_shannon:
+      jensen_shannon<D, V>(b, i, n, target, kept);
+      break;
+    default:
+      extreme<D, V>(b, b.rule == LogitsRule::greatest, i, n, target, kept);
+      break;
   }
   const __m256 low = _mm256_set1_ps(-kInfinity);
   for (int v = 0; v < V; ++v) {

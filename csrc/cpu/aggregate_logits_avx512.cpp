@@ -87,7 +87,7 @@ __mmask16 barred(const LogitsBlend& b, int64_t i, __mmask16 m) {
 }
 
 template <Dtype D, int V>
-void geometric(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
+void product(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
   for (int v = 0; v < V; ++v) target[v] = _mm512_setzero_ps();
   for (int64_t n = 0; n < b.count; ++n) {
     const LogitsMember& member = b.members[n];
@@ -109,46 +109,166 @@ void geometric(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __m
   }
 }
 
+// Tokens from i on of a member, after the shift; which of them are in its support is added to kept.
+template <Dtype D, int V>
+void see(const LogitsMember& member, int64_t i, __mmask16 m, __m512* x, __mmask16* kept) {
+  const __m512 shift = _mm512_set1_ps(member.shift);
+  const __m512 floor = _mm512_set1_ps(member.floor);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    x[v] = _mm512_sub_ps(load<D>(member.logits, i + 16 * v, m), shift);
+    kept[v] |= _mm512_cmp_ps_mask(x[v], floor, _CMP_GE_OQ);
+  }
+}
+
+// weight + logits - shift of 16 tokens.
+template <Dtype D>
+__m512 term(const LogitsMember& member, int64_t i, __mmask16 m) {
+  const __m512 x = _mm512_sub_ps(load<D>(member.logits, i, m), _mm512_set1_ps(member.shift));
+  return _mm512_add_ps(_mm512_set1_ps(member.weight), x);
+}
+
 template <Dtype D, int V>
 void mixture(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
   // Finite, so that a token no member can produce is exp(-inf) and not exp(NaN).
-  __m512 top[V];
+  __m512 top[V], x[V];
   for (int v = 0; v < V; ++v) top[v] = _mm512_set1_ps(-__FLT_MAX__);
   for (int64_t n = 0; n < b.count; ++n) {
-    const LogitsMember& member = b.members[n];
-    const __m512 shift = _mm512_set1_ps(member.shift);
-    const __m512 weight = _mm512_set1_ps(member.weight);
-    const __m512 floor = _mm512_set1_ps(member.floor);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const __m512 x = _mm512_sub_ps(load<D>(member.logits, i + 16 * v, m), shift);
-      top[v] = _mm512_max_ps(top[v], _mm512_add_ps(weight, x));
-      kept[v] |= _mm512_cmp_ps_mask(x, floor, _CMP_GE_OQ);
-    }
+    see<D, V>(b.members[n], i, m, x, kept);
+    const __m512 weight = _mm512_set1_ps(b.members[n].weight);
+    for (int v = 0; v < V; ++v) top[v] = _mm512_max_ps(top[v], _mm512_add_ps(weight, x[v]));
   }
-  __m512 sum[V];
-  for (int v = 0; v < V; ++v) sum[v] = _mm512_setzero_ps();
-  for (int64_t n = 0; n < b.count; ++n) {
-    const LogitsMember& member = b.members[n];
-    const __m512 shift = _mm512_set1_ps(member.shift);
-    const __m512 weight = _mm512_set1_ps(member.weight);
+  const auto sum_of = [&](int64_t n, int64_t end, __m512* sum) {
+    for (int v = 0; v < V; ++v) sum[v] = _mm512_setzero_ps();
+    for (; n < end; ++n) {
 #pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const __m512 y = term<D>(b.members[n], i + 16 * v, m);
+        sum[v] = _mm512_add_ps(sum[v], exp_ps(_mm512_sub_ps(y, top[v])));
+      }
+    }
+  };
+  __m512 sum[V];
+  sum_of(0, b.added, sum);
+  if (b.added < b.count) {
+    __m512 taken[V];
+    sum_of(b.added, b.count, taken);
     for (int v = 0; v < V; ++v) {
-      const __m512 x = _mm512_add_ps(weight, _mm512_sub_ps(load<D>(member.logits, i + 16 * v, m), shift));
-      sum[v] = _mm512_add_ps(sum[v], exp_ps(_mm512_sub_ps(x, top[v])));
+      const __m512 rest = _mm512_sub_ps(sum[v], taken[v]);
+      const __m512 rounding = _mm512_mul_ps(sum[v], _mm512_set1_ps(kCancelled));
+      sum[v] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(rest, rounding, _CMP_NLE_UQ), rest);
     }
   }
   for (int v = 0; v < V; ++v) target[v] = _mm512_add_ps(top[v], log_ps(sum[v]));
 }
 
 template <Dtype D, int V>
+void extreme(const LogitsBlend& b, bool greatest, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
+  __m512 x[V];
+  for (int v = 0; v < V; ++v) target[v] = _mm512_set1_ps(greatest ? -kInfinity : kInfinity);
+  for (int64_t n = 0; n < b.count; ++n) {
+    see<D, V>(b.members[n], i, m, x, kept);
+    const __m512 weight = _mm512_set1_ps(b.members[n].weight);
+    for (int v = 0; v < V; ++v) {
+      const __m512 y = _mm512_add_ps(weight, x[v]);
+      target[v] = greatest ? _mm512_max_ps(target[v], y) : _mm512_min_ps(target[v], y);
+    }
+  }
+}
+
+template <Dtype D, int V>
+void power(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
+  // The term that counts most.
+  __m512 top[V];
+  extreme<D, V>(b, b.p > 0.0f, i, m, top, kept);
+  const __m512 p = _mm512_set1_ps(b.p);
+  __m512 sum[V], more[V];
+  for (int v = 0; v < V; ++v) sum[v] = more[v] = _mm512_setzero_ps();
+  for (int64_t n = 0; n < b.count; ++n) {
+    const __m512 share = _mm512_set1_ps(b.members[n].share);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m512 y = _mm512_mul_ps(p, _mm512_sub_ps(term<D>(b.members[n], i + 16 * v, m), top[v]));
+      sum[v] = _mm512_fmadd_ps(share, exp_ps(y), sum[v]);
+      more[v] = _mm512_fmadd_ps(share, expm1_ps(y), more[v]);
+    }
+  }
+  const __m512 low = _mm512_set1_ps(-kInfinity);
+  for (int v = 0; v < V; ++v) {
+    // The log of 1 + more, which far from 1 is less exact than that of the sum.
+    const __mmask16 near = _mm512_cmp_ps_mask(more[v], _mm512_set1_ps(-0.25f), _CMP_GT_OQ);
+    const __m512 log_sum = _mm512_mask_mov_ps(log_ps(sum[v]), near, log1p_ps(more[v]));
+    const __mmask16 none = _mm512_cmp_ps_mask(top[v], low, _CMP_EQ_OQ);
+    target[v] = _mm512_mask_mov_ps(_mm512_add_ps(top[v], _mm512_div_ps(log_sum, p)), none, low);
+  }
+}
+
+// Where every ratio, y_i less y_0, is so large that log s rounds to 0: log(s / (1 - s)) is then their harmonic mean.
+template <Dtype D>
+__m512 harmonic(const LogitsBlend& b, int64_t i, __mmask16 m, __m512 y0, __m512 least) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t n = 0; n + 1 < b.count; ++n) {
+    const __m512 ratio = _mm512_sub_ps(term<D>(b.members[n], i, m), y0);
+    sum = _mm512_fmadd_ps(_mm512_set1_ps(b.members[n].share), exp_ps(_mm512_sub_ps(least, ratio)), sum);
+  }
+  return _mm512_sub_ps(least, log_ps(sum));
+}
+
+template <Dtype D, int V>
+void jensen_shannon(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target, __mmask16* kept) {
+  const LogitsMember& reference = b.members[b.count - 1];
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 low = _mm512_set1_ps(-kInfinity);
+  __m512 y0[V], least[V], u[V], x[V];
+  for (int v = 0; v < V; ++v) {
+    y0[v] = term<D>(reference, i + 16 * v, m);
+    least[v] = _mm512_set1_ps(kInfinity);
+    u[v] = zero;
+  }
+  for (int64_t n = 0; n + 1 < b.count; ++n) {
+    see<D, V>(b.members[n], i, m, x, kept);
+    const __m512 weight = _mm512_set1_ps(b.members[n].weight);
+    const __m512 share = _mm512_set1_ps(b.members[n].share);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __m512 ratio = _mm512_sub_ps(_mm512_add_ps(weight, x[v]), y0[v]);
+      least[v] = _mm512_min_ps(least[v], ratio);
+      // -log sigmoid(ratio) = log(1 + e^-ratio)
+      const __m512 small = log1p_ps(exp_ps(_mm512_sub_ps(zero, _mm512_abs_ps(ratio))));
+      u[v] = _mm512_fmadd_ps(share, _mm512_sub_ps(small, _mm512_min_ps(ratio, zero)), u[v]);
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    // u is -log s, so log(s / (1 - s)) = -u - log(1 - e^-u).
+    const __m512 rest = _mm512_sub_ps(zero, expm1_ps(_mm512_sub_ps(zero, u[v])));
+    __m512 mean = _mm512_sub_ps(_mm512_sub_ps(zero, u[v]), log_ps(rest));
+    const __mmask16 large = _mm512_cmp_ps_mask(least[v], _mm512_set1_ps(kHarmonicLimit), _CMP_GT_OQ);
+    if (large) mean = _mm512_mask_mov_ps(mean, large, harmonic<D>(b, i + 16 * v, m, y0[v], least[v]));
+    const __mmask16 none = _mm512_cmp_ps_mask(y0[v], low, _CMP_EQ_OQ);
+    target[v] = _mm512_mask_mov_ps(_mm512_add_ps(y0[v], mean), none, low);
+  }
+}
+
+template <Dtype D, int V>
 void tile(const LogitsBlend& b, int64_t i, __mmask16 m, Maximum* maxima) {
   __m512 target[V];
   __mmask16 kept[V] = {};
-  if (b.mixture) {
-    mixture<D, V>(b, i, m, target, kept);
-  } else {
-    geometric<D, V>(b, i, m, target, kept);
+  switch (b.rule) {
+    case LogitsRule::product:
+      product<D, V>(b, i, m, target, kept);
+      break;
+    case LogitsRule::mixture:
+      mixture<D, V>(b, i, m, target, kept);
+      break;
+    case LogitsRule::power:
+      power<D, V>(b, i, m, target, kept);
+      break;
+    case LogitsRule::jensen_shannon:
+      jensen_shannon<D, V>(b, i, m, target, kept);
+      break;
+    default:
+      extreme<D, V>(b, b.rule == LogitsRule::greatest, i, m, target, kept);
+      break;
   }
   const __m512 low = _mm512_set1_ps(-kInfinity);
   for (int v = 0; v < V; ++v) {

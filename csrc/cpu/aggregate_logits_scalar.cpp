@@ -34,7 +34,7 @@ void max_of_tiles(const void* x, int64_t begin, int64_t end, float* maxima) {
 }
 
 template <Dtype D>
-float geometric(const LogitsBlend& b, int64_t i, bool* kept) {
+float product(const LogitsBlend& b, int64_t i, bool* kept) {
   float target = 0.0f;
   bool barred = false;
   for (int64_t n = 0; n < b.count; ++n) {
@@ -47,22 +47,99 @@ float geometric(const LogitsBlend& b, int64_t i, bool* kept) {
   return barred ? -kInfinity : target;
 }
 
+// weight + logits - shift of a token.
+template <Dtype D>
+float term(const LogitsMember& member, int64_t i) {
+  return member.weight + (load<D>(member.logits, i) - member.shift);
+}
+
+template <Dtype D>
+bool supports(const LogitsMember& member, int64_t i) {
+  return load<D>(member.logits, i) - member.shift >= member.floor;
+}
+
 template <Dtype D>
 float mixture(const LogitsBlend& b, int64_t i, bool* kept) {
   // Finite, so that a token no member can produce is exp(-inf) and not exp(NaN).
   float top = -__FLT_MAX__;
   for (int64_t n = 0; n < b.count; ++n) {
-    const LogitsMember& member = b.members[n];
-    const float x = load<D>(member.logits, i) - member.shift;
-    if (x + member.weight > top) top = x + member.weight;
-    *kept |= x >= member.floor;
+    const float y = term<D>(b.members[n], i);
+    if (y > top) top = y;
+    *kept |= supports<D>(b.members[n], i);
   }
-  float sum = 0.0f;
-  for (int64_t n = 0; n < b.count; ++n) {
-    const LogitsMember& member = b.members[n];
-    sum += exp_ps(load<D>(member.logits, i) - member.shift + member.weight - top);
+  float sum = 0.0f, taken = 0.0f;
+  for (int64_t n = 0; n < b.added; ++n) sum += exp_ps(term<D>(b.members[n], i) - top);
+  for (int64_t n = b.added; n < b.count; ++n) taken += exp_ps(term<D>(b.members[n], i) - top);
+  if (b.added < b.count) {
+    const float rest = sum - taken;
+    sum = rest <= sum * kCancelled ? 0.0f : rest;
   }
   return top + log_ps(sum);
+}
+
+template <Dtype D>
+float extreme(const LogitsBlend& b, bool greatest, int64_t i, bool* kept) {
+  float found = greatest ? -kInfinity : kInfinity;
+  for (int64_t n = 0; n < b.count; ++n) {
+    const float y = term<D>(b.members[n], i);
+    if (greatest ? y > found : y < found) found = y;
+    *kept |= supports<D>(b.members[n], i);
+  }
+  return found;
+}
+
+template <Dtype D>
+float power(const LogitsBlend& b, int64_t i, bool* kept) {
+  // The term that counts most.
+  const float top = extreme<D>(b, b.p > 0.0f, i, kept);
+  if (top == -kInfinity) return top;
+  float sum = 0.0f, more = 0.0f;
+  for (int64_t n = 0; n < b.count; ++n) more += b.members[n].share * expm1_ps(b.p * (term<D>(b.members[n], i) - top));
+  if (more > -0.25f) return top + log1p_ps(more) / b.p;
+  // Far from 1 the sum of what is added is the more exact one.
+  for (int64_t n = 0; n < b.count; ++n) sum += b.members[n].share * exp_ps(b.p * (term<D>(b.members[n], i) - top));
+  return top + log_ps(sum) / b.p;
+}
+
+template <Dtype D>
+float jensen_shannon(const LogitsBlend& b, int64_t i, bool* kept) {
+  const float y0 = term<D>(b.members[b.count - 1], i);
+  float least = kInfinity, u = 0.0f;
+  for (int64_t n = 0; n + 1 < b.count; ++n) {
+    const float ratio = term<D>(b.members[n], i) - y0;
+    if (ratio < least) least = ratio;
+    // -log sigmoid(ratio) = log(1 + e^-ratio)
+    const float small = log1p_ps(exp_ps(-fabsf(ratio)));
+    u += b.members[n].share * (small - (ratio < 0.0f ? ratio : 0.0f));
+    *kept |= supports<D>(b.members[n], i);
+  }
+  if (y0 == -kInfinity) return y0;
+  // u is -log s, so log(s / (1 - s)) = -u - log(1 - e^-u).
+  if (!(least > kHarmonicLimit)) return y0 + (-u - log_ps(-expm1_ps(-u)));
+  // Where every ratio is so large that log s rounds to 0, it is their harmonic mean.
+  float sum = 0.0f;
+  for (int64_t n = 0; n + 1 < b.count; ++n) {
+    sum += b.members[n].share * exp_ps(least - (term<D>(b.members[n], i) - y0));
+  }
+  return y0 + (least - log_ps(sum));
+}
+
+template <Dtype D>
+float target_of(const LogitsBlend& b, int64_t i, bool* kept) {
+  switch (b.rule) {
+    case LogitsRule::product:
+      return product<D>(b, i, kept);
+    case LogitsRule::mixture:
+      return mixture<D>(b, i, kept);
+    case LogitsRule::power:
+      return power<D>(b, i, kept);
+    case LogitsRule::jensen_shannon:
+      return jensen_shannon<D>(b, i, kept);
+    case LogitsRule::least:
+    case LogitsRule::greatest:
+      return extreme<D>(b, b.rule == LogitsRule::greatest, i, kept);
+  }
+  return __builtin_nanf("");
 }
 
 template <Dtype D>
@@ -70,7 +147,7 @@ float blend(const LogitsBlend& b, int64_t begin, int64_t end) {
   float max = -kInfinity;
   for (int64_t i = begin; i < end; ++i) {
     bool kept = false;
-    float target = b.mixture ? mixture<D>(b, i, &kept) : geometric<D>(b, i, &kept);
+    float target = target_of<D>(b, i, &kept);
     // NaN is in no support, and stays.
     if (b.masked && !kept && target == target) target = -kInfinity;
     b.out[i] = target;

@@ -1,4 +1,4 @@
-// exp and log, 16 at a time.
+// exp, log, expm1 and log1p, 16 at a time.
 
 #include "avx512_math.h"
 #include "kernels.h"
@@ -19,6 +19,14 @@ void each(const float* x, float* out, int64_t count, Function function) {
 
 void exp_each(const float* x, float* out, int64_t count) {
   each(x, out, count, [](__m512 value) { return exp_ps(value); });
+}
+
+void expm1_each(const float* x, float* out, int64_t count) {
+  each(x, out, count, [](__m512 value) { return expm1_ps(value); });
+}
+
+void log1p_each(const float* x, float* out, int64_t count) {
+  each(x, out, count, [](__m512 value) { return log1p_ps(value); });
 }
 
 void log_each(const float* x, float* out, int64_t count) {

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "personafast/add_inject_rms_norm.h"
+#include "personafast/aggregator.h"
 #include "personafast/dtype.h"
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
@@ -14,22 +15,34 @@
 
 namespace personafast {
 
+// How the members of a blend of logits are joined. With x_i = logits_i - shift_i, and y_i = weight_i + x_i:
+enum class LogitsRule : int {
+  product,         // sum_i weight_i x_i
+  mixture,         // log (sum_i e^y_i)+, the members from `added` on subtracted
+  power,           // log (sum_i share_i e^(p y_i))^(1/p)
+  jensen_shannon,  // y_0 + log(s / (1 - s)), log s = sum_i share_i log sigmoid(y_i - y_0); y_0 is the last member
+  least,           // min_i y_i
+  greatest,        // max_i y_i
+};
+
 // One member of a blend of logits; what is -inf after the shift is impossible.
 struct LogitsMember {
   const void* logits;  // [vocabulary]
   float shift;         // subtracted from each: their largest, or NaN where they have none
-  float weight;        // geometric: its coefficient; mixture: the log of its share, less the log of its sum of exp
-  float floor;         // a token of at least this, after the shift, is in the support
+  float weight;
+  float share;
+  float floor;  // a token of at least this, after the shift, is in the support
 };
 
-// The target of one row: the sum of weight * (logits - shift), or for a mixture log of the sum of
-// exp(weight + logits - shift), -inf where a member bars the token or, if masked, no member supports it.
+// The target of one row, -inf where the rule gives 0 or, if masked, no member supports the token.
 struct LogitsBlend {
   float* out;  // [vocabulary]
   const LogitsMember* members;
   int64_t count;
+  int64_t added;
   Dtype dtype;  // of the logits
-  bool mixture;
+  LogitsRule rule;
+  float p;
   bool masked;
 };
 

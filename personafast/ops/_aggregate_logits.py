@@ -238,8 +238,6 @@ def _kernel_refuses(
     small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and min_p.is_cpu and (carried is None or carried.is_cpu)
     if not (ref.is_cpu and policies.is_cpu and small):
         return "tensors of several devices"
-    if bool((aggregator > 1).any()) or bool(((weights < 0).any(1) & (aggregator == 0)).any()):
-        return "these rules yet"
     return None
 
 

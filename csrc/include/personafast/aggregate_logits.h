@@ -6,13 +6,12 @@
 
 namespace personafast {
 
-// out[b, :] = the normalised log probabilities of row b's target. With pi_0 and pi_i the softmax of ref[b] and of
-// policies[i, b], w = weights[b] and members the policies of w_i != 0:
-//   linear (aggregator 0)     log sum_i w_i exp(carried[b, i]) pi_i
-//   geometric (aggregator 1)  sum_i w_i log pi_i + (1 - sum_i w_i) log pi_0, the reference left out below 1e-6
-// then only tokens whose probability under at least one member is min_p times that member's largest, the reference a
-// member of the geometric target while 1 - sum_i w_i > 1e-6. A row without members, or left without any token, is the
-// reference's.
+// out[b, :] = the normalised log probabilities of row b's target: with pi_0 and pi_i the softmax of ref[b] and of
+// policies[i, b], pi_0 times the ratios exp(carried[b, i]) pi_i / pi_0 of the members, w_i = weights[b, i] != 0, joined
+// as personafast/aggregator.h says; carried does not count under the geometric rule, whose reference is left out where
+// 1 - sum_i w_i is less than 1e-6. Then only tokens whose probability under at least one member is min_p times that
+// member's largest: members of negative weight are none of a linear target, the reference is one of the geometric
+// target while 1 - sum_i w_i > 1e-6. A row without members is the reference's; one left without any token is -inf.
 struct AggregateLogitsArgs {
   float* out;                 // [rows, vocabulary]
   const void* ref;            // [rows, vocabulary] raw logits
@@ -23,7 +22,7 @@ struct AggregateLogitsArgs {
   const float* weights;       // [rows, members]
   const float* carried;       // [rows, members], or null for 0
   const int32_t* aggregator;  // [rows]
-  const float* p;             // [rows]
+  const float* p;             // [rows], the exponent of rows that have one
   const float* min_p;         // [rows], 0 to 1
   int64_t rows;
   int64_t members;
@@ -33,8 +32,8 @@ struct AggregateLogitsArgs {
 
 // Threads split the rows, or the blocks of a row where rows are few. What is summed over a row is summed over blocks of
 // fixed size and these in their order, so the result depends neither on `threads` nor on the other rows. Returns -1, or
-// the first row of an unknown rule, of a negative weight under the linear rule or of a min_p that is not 0 to 1; then
-// nothing has been written.
+// the first row of an unknown rule, of an exponent that is not finite, of a negative weight where its rule allows none
+// or of a min_p that is not 0 to 1; then nothing has been written.
 int64_t aggregate_logits_cpu(const AggregateLogitsArgs& args, int threads);
 
 }  // namespace personafast
