@@ -24,9 +24,11 @@ from transformers.generation.stopping_criteria import (
 from personafast.density.direct import sample_direct
 from personafast.density.draft import Drafter, ModelDrafter, NgramDrafter
 from personafast.density.draws import Draws, row_seed
+from personafast.density.mixture import sample_mixture
 from personafast.density.model_scorer import Member, ModelScorer
 from personafast.density.rule import Rule
 from personafast.density.scr import sample_scr
+from personafast.density.token_rs import sample_token_rs
 from personafast.density.transcript import GenerationStats, Transcript
 from personafast.density.verify import sample_verify
 from personafast.errors import PersonafastError

@@ -6,8 +6,8 @@ from helpers import tiny
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import personafast as pf
-from personafast.density.transcript import Transcript
 from personafast.density.stopping import StopStrings
+from personafast.density.transcript import Transcript
 
 PROMPT = torch.tensor([[1, 2], [3, 4], [5, 6]])
 NEW = 12
