@@ -285,7 +285,7 @@ class PersonaHandle:
                 self.cast.patch,
                 self.cast.rows(spread, prompts, options.sampler, drafting),
                 input_ids,
-                options,
+                replace(options, draft=drafting),
                 generation_config,
                 processors,
                 criteria,
