@@ -421,6 +421,18 @@ def test_nan_is_not_hidden(backend, aggregator, p):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("aggregator", "p"), RULES)
+def test_nan_of_weight_zero_counts_for_nothing(backend, aggregator, p):
+    g = torch.Generator().manual_seed(10)
+    ref, policies, carried = torch.randn(2, 40, generator=g), torch.randn(3, 2, 40, generator=g), torch.zeros(2, 3)
+    weights = torch.tensor([[0.0, 0.6, 0.4], [0.0, 0.0, 1.0]])
+    with on(backend):
+        expected = run(ref, policies[1:], weights[:, 1:], aggregator, 0.05, carried[:, 1:], p)
+        policies[0], carried[:, 0] = float("nan"), float("nan")
+        assert torch.equal(run(ref, policies, weights, aggregator, 0.05, carried, p), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_values_are_named(backend):
     ref, policies = torch.zeros(2, 4), torch.zeros(1, 2, 4)
     with on(backend):
