@@ -272,12 +272,13 @@ def test_jensen_shannon_far_from_one(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_only_subtracted_opens_no_support(backend):
-    ref = torch.zeros(2, 3)
-    policies = torch.tensor([[9.0, 8.0, 0.0], [0.0, 7.0, 9.0]])[:, None].repeat(1, 2, 1)
-    weights = torch.tensor([[1.0, -0.1], [-0.1, 1.0]])
+    """A token that is left some probability, though only a member that takes away likes it."""
+    policies = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]]).log()[:, None].repeat(1, 2, 1)
+    weights = torch.tensor([[1.0, -0.01], [-0.01, 1.0]])
     with on(backend):
-        kept = run(ref, policies, weights, LINEAR, 0.1).isfinite()
-    assert kept.tolist() == [[True, True, False], [False, True, True]]
+        whole = run(torch.zeros(2, 3), policies, weights, LINEAR).isfinite()
+        kept = run(torch.zeros(2, 3), policies, weights, LINEAR, 0.1).isfinite()
+    assert whole.all() and kept.tolist() == [[True, False, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
