@@ -264,27 +264,21 @@ void jensen_shannon(const LogitsBlend& b, int64_t i, int64_t n, __m256* target, 
   }
 }
 
-template <Dtype D, int V>
+template <Dtype D, LogitsRule R, int V>
 void tile(const LogitsBlend& b, int64_t i, int64_t n, Maximum* maxima) {
   __m256 target[V];
   __m256 kept[V];
   for (int v = 0; v < V; ++v) kept[v] = _mm256_setzero_ps();
-  switch (b.rule) {
-    case LogitsRule::product:
-      product<D, V>(b, i, n, target, kept);
-      break;
-    case LogitsRule::mixture:
-      mixture<D, V>(b, i, n, target, kept);
-      break;
-    case LogitsRule::power:
-      power<D, V>(b, i, n, target, kept);
-      break;
-    case LogitsRule::jensen_shannon:
-      jensen_shannon<D, V>(b, i, n, target, kept);
-      break;
-    default:
-      extreme<D, V>(b, b.rule == LogitsRule::greatest, i, n, target, kept);
-      break;
+  if constexpr (R == LogitsRule::product) {
+    product<D, V>(b, i, n, target, kept);
+  } else if constexpr (R == LogitsRule::mixture) {
+    mixture<D, V>(b, i, n, target, kept);
+  } else if constexpr (R == LogitsRule::power) {
+    power<D, V>(b, i, n, target, kept);
+  } else if constexpr (R == LogitsRule::jensen_shannon) {
+    jensen_shannon<D, V>(b, i, n, target, kept);
+  } else {
+    extreme<D, V>(b, R == LogitsRule::greatest, i, n, target, kept);
   }
   const __m256 low = _mm256_set1_ps(-kInfinity);
   for (int v = 0; v < V; ++v) {
@@ -304,14 +298,33 @@ void tile(const LogitsBlend& b, int64_t i, int64_t n, Maximum* maxima) {
   }
 }
 
-template <Dtype D>
+template <Dtype D, LogitsRule R>
 float blend(const LogitsBlend& b, int64_t begin, int64_t end) {
   Maximum maxima[kVectors];
   int64_t i = begin;
-  for (; i + 8 * kVectors <= end; i += 8 * kVectors) tile<D, kVectors>(b, i, 8, maxima);
-  for (; i < end; i += 8) tile<D, 1>(b, i, end - i < 8 ? end - i : 8, maxima);
+  for (; i + 8 * kVectors <= end; i += 8 * kVectors) tile<D, R, kVectors>(b, i, 8, maxima);
+  for (; i < end; i += 8) tile<D, R, 1>(b, i, end - i < 8 ? end - i : 8, maxima);
   for (int v = 1; v < kVectors; ++v) maxima[0].join(maxima[v]);
   return maxima[0].get();
+}
+
+template <Dtype D>
+float blend(const LogitsBlend& b, int64_t begin, int64_t end) {
+  switch (b.rule) {
+    case LogitsRule::product:
+      return blend<D, LogitsRule::product>(b, begin, end);
+    case LogitsRule::mixture:
+      return blend<D, LogitsRule::mixture>(b, begin, end);
+    case LogitsRule::power:
+      return blend<D, LogitsRule::power>(b, begin, end);
+    case LogitsRule::jensen_shannon:
+      return blend<D, LogitsRule::jensen_shannon>(b, begin, end);
+    case LogitsRule::least:
+      return blend<D, LogitsRule::least>(b, begin, end);
+    case LogitsRule::greatest:
+      return blend<D, LogitsRule::greatest>(b, begin, end);
+  }
+  return __builtin_nanf("");
 }
 
 }  // namespace

@@ -249,26 +249,20 @@ void jensen_shannon(const LogitsBlend& b, int64_t i, __mmask16 m, __m512* target
   }
 }
 
-template <Dtype D, int V>
+template <Dtype D, LogitsRule R, int V>
 void tile(const LogitsBlend& b, int64_t i, __mmask16 m, Maximum* maxima) {
   __m512 target[V];
   __mmask16 kept[V] = {};
-  switch (b.rule) {
-    case LogitsRule::product:
-      product<D, V>(b, i, m, target, kept);
-      break;
-    case LogitsRule::mixture:
-      mixture<D, V>(b, i, m, target, kept);
-      break;
-    case LogitsRule::power:
-      power<D, V>(b, i, m, target, kept);
-      break;
-    case LogitsRule::jensen_shannon:
-      jensen_shannon<D, V>(b, i, m, target, kept);
-      break;
-    default:
-      extreme<D, V>(b, b.rule == LogitsRule::greatest, i, m, target, kept);
-      break;
+  if constexpr (R == LogitsRule::product) {
+    product<D, V>(b, i, m, target, kept);
+  } else if constexpr (R == LogitsRule::mixture) {
+    mixture<D, V>(b, i, m, target, kept);
+  } else if constexpr (R == LogitsRule::power) {
+    power<D, V>(b, i, m, target, kept);
+  } else if constexpr (R == LogitsRule::jensen_shannon) {
+    jensen_shannon<D, V>(b, i, m, target, kept);
+  } else {
+    extreme<D, V>(b, R == LogitsRule::greatest, i, m, target, kept);
   }
   const __m512 low = _mm512_set1_ps(-kInfinity);
   for (int v = 0; v < V; ++v) {
@@ -280,14 +274,33 @@ void tile(const LogitsBlend& b, int64_t i, __mmask16 m, Maximum* maxima) {
   }
 }
 
-template <Dtype D>
+template <Dtype D, LogitsRule R>
 float blend(const LogitsBlend& b, int64_t begin, int64_t end) {
   Maximum maxima[kVectors];
   int64_t i = begin;
-  for (; i + 16 * kVectors <= end; i += 16 * kVectors) tile<D, kVectors>(b, i, kAll, maxima);
-  for (; i < end; i += 16) tile<D, 1>(b, i, first(end - i), maxima);
+  for (; i + 16 * kVectors <= end; i += 16 * kVectors) tile<D, R, kVectors>(b, i, kAll, maxima);
+  for (; i < end; i += 16) tile<D, R, 1>(b, i, first(end - i), maxima);
   for (int v = 1; v < kVectors; ++v) maxima[0].join(maxima[v]);
   return maxima[0].get();
+}
+
+template <Dtype D>
+float blend(const LogitsBlend& b, int64_t begin, int64_t end) {
+  switch (b.rule) {
+    case LogitsRule::product:
+      return blend<D, LogitsRule::product>(b, begin, end);
+    case LogitsRule::mixture:
+      return blend<D, LogitsRule::mixture>(b, begin, end);
+    case LogitsRule::power:
+      return blend<D, LogitsRule::power>(b, begin, end);
+    case LogitsRule::jensen_shannon:
+      return blend<D, LogitsRule::jensen_shannon>(b, begin, end);
+    case LogitsRule::least:
+      return blend<D, LogitsRule::least>(b, begin, end);
+    case LogitsRule::greatest:
+      return blend<D, LogitsRule::greatest>(b, begin, end);
+  }
+  return __builtin_nanf("");
 }
 
 }  // namespace

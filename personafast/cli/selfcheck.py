@@ -33,7 +33,9 @@ def _bits(generator: torch.Generator, device: str, *shape: int) -> torch.Tensor:
 
 
 def _rules(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([0, 1], dtype=torch.int32, device=device), torch.zeros(2, device=device)
+    """A row of every aggregator, and their exponents."""
+    rules = torch.tensor(list(ops.Aggregator), dtype=torch.int32, device=device)
+    return rules, torch.full(rules.shape, -1.0, device=device)
 
 
 def _inject(generator: torch.Generator, device: str) -> torch.Tensor:
@@ -70,8 +72,9 @@ def _token_logprobs(generator: torch.Generator, device: str) -> torch.Tensor:
 
 
 def _chunk_scores(generator: torch.Generator, device: str) -> torch.Tensor:
-    reference, policies = -_normal(generator, device, 2, 4).abs(), -_normal(generator, device, 3, 2, 4).abs()
-    return ops.chunk_scores(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device))
+    rows = len(ops.Aggregator)
+    reference, policies = -_normal(generator, device, rows, 4).abs(), -_normal(generator, device, 3, rows, 4).abs()
+    return ops.chunk_scores(reference, policies, torch.ones(rows, 3, device=device), None, *_rules(device))
 
 
 def _chunk_accept(generator: torch.Generator, device: str) -> torch.Tensor:
@@ -80,9 +83,10 @@ def _chunk_accept(generator: torch.Generator, device: str) -> torch.Tensor:
 
 
 def _aggregate_logits(generator: torch.Generator, device: str) -> torch.Tensor:
-    reference, policies = _normal(generator, device, 2, 41), _normal(generator, device, 3, 2, 41)
-    min_p = torch.tensor([0.0, 0.05], device=device)
-    return ops.aggregate_logits(reference, policies, torch.ones(2, 3, device=device), None, *_rules(device), min_p)
+    rows = len(ops.Aggregator)
+    reference, policies = _normal(generator, device, rows, 41), _normal(generator, device, 3, rows, 41)
+    min_p = torch.linspace(0.0, 0.1, rows, device=device)
+    return ops.aggregate_logits(reference, policies, torch.ones(rows, 3, device=device), None, *_rules(device), min_p)
 
 
 def _steer(generator: torch.Generator, device: str) -> torch.Tensor:

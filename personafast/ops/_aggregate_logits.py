@@ -129,7 +129,7 @@ def reference(
 
 
 def _blend(logp0: torch.Tensor, logp: torch.Tensor, rest: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Sum rest * logp0 + sum_i weight_i * logp_i, where 0 * (-inf) is 0 and an impossible token stays impossible."""
+    """Sum rest * logp0 + sum_i weight_i * logp_i, where 0 * x is 0 for every x and an impossible token stays so."""
 
     def total(logp0: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
         result = rest[:, None] * logp0
@@ -140,13 +140,13 @@ def _blend(logp0: torch.Tensor, logp: torch.Tensor, rest: torch.Tensor, weight: 
     target = total(logp0, logp)
     if logp0.device.type == "cpu" and bool(target.isfinite().all()):
         return target
-    barred = ((logp == -math.inf) & (weight != 0)[:, :, None]).any(0)
-    barred |= (logp0 == -math.inf) & (rest != 0)[:, None]
-    return torch.where(barred, -math.inf, total(_without_infinity(logp0), _without_infinity(logp)))
-
-
-def _without_infinity(logp: torch.Tensor) -> torch.Tensor:
-    return torch.where(logp == -math.inf, 0.0, logp)
+    used0, used = (rest != 0)[:, None], (weight != 0)[:, :, None]
+    impossible0, impossible = logp0 == -math.inf, logp == -math.inf
+    target = total(
+        torch.where(used0 & ~impossible0, logp0, 0.0),
+        torch.where(used & ~impossible, logp, 0.0),
+    )
+    return torch.where((used & impossible).any(0) | (used0 & impossible0), -math.inf, target)
 
 
 def _join(

@@ -87,9 +87,14 @@ def _endless(aggregator: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return (aggregator == int(Aggregator.POWER)) & ~p.float().isfinite()
 
 
+def at_fault(aggregator: torch.Tensor, weights: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Rows [B] for which `rules_in_use` raises on a CPU."""
+    unknown = (aggregator < 0) | (aggregator >= len(_CODES))
+    return unknown | _negative(aggregator, weights) | _endless(aggregator, p)
+
+
 def poison(result: torch.Tensor, aggregator: torch.Tensor, weights: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Make the rows of `result` [B, ...] at fault NaN on a GPU, where raising would wait for the device."""
     if aggregator.device.type == "cpu":
         return result
-    wrong = (aggregator < 0) | (aggregator >= len(_CODES)) | _negative(aggregator, weights) | _endless(aggregator, p)
-    return torch.where(wrong[:, None], float("nan"), result)
+    return torch.where(at_fault(aggregator, weights, p)[:, None], float("nan"), result)

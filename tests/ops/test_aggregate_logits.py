@@ -272,12 +272,13 @@ def test_jensen_shannon_far_from_one(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_only_subtracted_opens_no_support(backend):
-    ref = torch.zeros(2, 3)
-    policies = torch.tensor([[9.0, 8.0, 0.0], [0.0, 7.0, 9.0]])[:, None].repeat(1, 2, 1)
-    weights = torch.tensor([[1.0, -0.1], [-0.1, 1.0]])
+    """A token that is left some probability, though only a member that takes away likes it."""
+    policies = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]]).log()[:, None].repeat(1, 2, 1)
+    weights = torch.tensor([[1.0, -0.01], [-0.01, 1.0]])
     with on(backend):
-        kept = run(ref, policies, weights, LINEAR, 0.1).isfinite()
-    assert kept.tolist() == [[True, True, False], [False, True, True]]
+        whole = run(torch.zeros(2, 3), policies, weights, LINEAR).isfinite()
+        kept = run(torch.zeros(2, 3), policies, weights, LINEAR, 0.1).isfinite()
+    assert whole.all() and kept.tolist() == [[True, False, False], [False, False, True]]
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
@@ -418,6 +419,18 @@ def test_nan_is_not_hidden(backend, aggregator, p):
         for weight in (0.5, 1.0):
             out = run(ref, policies, torch.full((2, 1), weight), aggregator, 0.1, p=p)
             assert out[0].isfinite().all() and out[1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("aggregator", "p"), RULES)
+def test_nan_of_weight_zero_counts_for_nothing(backend, aggregator, p):
+    g = torch.Generator().manual_seed(10)
+    ref, policies, carried = torch.randn(2, 40, generator=g), torch.randn(3, 2, 40, generator=g), torch.zeros(2, 3)
+    weights = torch.tensor([[0.0, 0.6, 0.4], [0.0, 0.0, 1.0]])
+    with on(backend):
+        expected = run(ref, policies[1:], weights[:, 1:], aggregator, 0.05, carried[:, 1:], p)
+        policies[0], carried[:, 0] = float("nan"), float("nan")
+        assert torch.equal(run(ref, policies, weights, aggregator, 0.05, carried, p), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

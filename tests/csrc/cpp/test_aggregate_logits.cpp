@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "personafast/aggregator.h"
 
 using namespace check;
 
@@ -22,10 +23,11 @@ static Row log_softmax(const Row& logits) {
 struct Member {
   Row logp;
   double weight;
+  double carried;
 };
 
 // The target of one row, and what its rounding errors are proportional to. False where a token is too near the edge of
-// the support to tell in fp32 on which side it is.
+// the support, or of what a difference leaves, to tell in fp32 on which side it is.
 struct Target {
   Row logp;
   double magnitude = 10;
@@ -45,36 +47,62 @@ struct Target {
   }
 
   bool any() const { return *std::max_element(logp.begin(), logp.end()) > -kInfinity; }
+
+  // log sum_i w_i e^(carried_i + logp_i) of one token.
+  double linear(const std::vector<Member>& members, size_t v) {
+    double top = -kInfinity, added = 0, taken = 0;
+    for (const Member& member : members) top = fmax(top, member.carried + member.logp[v]);
+    for (const Member& member : members) {
+      const double part = top > -kInfinity ? fabs(member.weight) * exp(member.carried + member.logp[v] - top) : 0;
+      (member.weight > 0 ? added : taken) += part;
+    }
+    if (taken > 0 && fabs(added - taken) < 1e-3 * added) clear = false;
+    return added > taken ? top + log(added - taken) : -kInfinity;
+  }
+
+  // Of the other rules, whose weights are normalised.
+  double mean(const std::vector<Member>& members, const Row& ref, personafast::Aggregator rule, double p, size_t v) {
+    double total = 0, least = kInfinity, greatest = -kInfinity;
+    for (const Member& member : members) {
+      total += member.weight;
+      least = fmin(least, member.carried + member.logp[v]);
+      greatest = fmax(greatest, member.carried + member.logp[v]);
+    }
+    if (rule == personafast::Aggregator::max) return greatest;
+    const bool all = rule != personafast::Aggregator::power || p <= 0;
+    if (rule == personafast::Aggregator::min || greatest == -kInfinity || (all && least == -kInfinity)) return least;
+    if (rule == personafast::Aggregator::jensen_shannon && ref[v] == -kInfinity) return -kInfinity;
+    double sum = 0;
+    for (const Member& member : members) {
+      const double y = member.carried + member.logp[v], share = member.weight / total;
+      if (rule == personafast::Aggregator::jensen_shannon) {
+        const double ratio = y - ref[v];
+        sum += share * (ratio < 0 ? log1p(exp(ratio)) - ratio : log1p(exp(-ratio)));
+      } else {
+        sum += p == 0 ? share * y : share * exp(p * (y - (p > 0 ? greatest : least)));
+      }
+    }
+    if (rule == personafast::Aggregator::jensen_shannon) return ref[v] - sum - log(-expm1(-sum));
+    return p == 0 ? sum : (p > 0 ? greatest : least) + log(sum) / p;
+  }
 };
 
-static Target aggregate(const Row& ref, const std::vector<Member>& members, const Row& carried, bool linear,
+static Target aggregate(const Row& ref, const std::vector<Member>& members, personafast::Aggregator rule, double p,
                         double min_p) {
   Target target;
   std::vector<const Row*> supporters;
-  for (const Member& member : members) supporters.push_back(&member.logp);
+  const bool linear = rule == personafast::Aggregator::linear;
+  for (const Member& member : members) {
+    if (!linear || member.weight > 0) supporters.push_back(&member.logp);
+  }
   if (members.empty()) {
     target.logp = ref;
     supporters.push_back(&ref);
-  } else if (linear) {
-    double most = -kInfinity;
-    Row shares;
-    for (size_t i = 0; i < members.size(); ++i) {
-      shares.push_back(log(members[i].weight) + carried[i]);
-      most = fmax(most, shares.back());
-    }
-    double whole = 0;
-    for (const double share : shares) whole += most > -kInfinity ? exp(share - most) : 0;
-    target.logp.assign(ref.size(), -kInfinity);
-    for (size_t v = 0; v < ref.size() && most > -kInfinity; ++v) {
-      double sum = 0;
-      for (size_t i = 0; i < members.size(); ++i) sum += exp(shares[i] - most + members[i].logp[v]);
-      target.logp[v] = log(sum / whole);
-    }
-  } else {
+  } else if (rule == personafast::Aggregator::geometric) {
     double rest = 1;
     for (const Member& member : members) rest -= member.weight;
     std::vector<Member> factors = members;
-    if (fabs(rest) > 1e-6) factors.push_back({ref, rest});
+    if (fabs(rest) > 1e-6) factors.push_back({ref, rest, 0});
     if (rest > 1e-6) supporters.push_back(&ref);
     for (size_t v = 0; v < ref.size(); ++v) {
       double sum = 0, size = 0;
@@ -88,13 +116,15 @@ static Target aggregate(const Row& ref, const std::vector<Member>& members, cons
       target.logp.push_back(barred ? -kInfinity : sum);
       target.magnitude = fmax(target.magnitude, size);
     }
+  } else {
+    for (size_t v = 0; v < ref.size(); ++v) {
+      target.logp.push_back(linear ? target.linear(members, v) : target.mean(members, ref, rule, p, v));
+    }
+    // An exponent of less than 1 makes more of the errors, a difference up to 1000 times as much.
+    for (const Member& member : members) target.magnitude = fmax(target.magnitude, member.weight < 0 ? 1e4 : 40);
   }
   if (min_p > 0) target.support(supporters, min_p);
-  if (!target.any()) {
-    target.logp = ref;
-    if (min_p > 0) target.support({&ref}, min_p);
-  }
-  target.logp = log_softmax(target.logp);
+  if (target.any()) target.logp = log_softmax(target.logp);
   return target;
 }
 
@@ -125,6 +155,7 @@ static void one(Random& random) {
   Buffer<float> weights(random, rows * members, 0);
   Buffer<float> carried(random, rows * members, 0);
   Buffer<int32_t> aggregator(random, rows, 0);
+  Buffer<float> p(random, rows, 0);
   Buffer<float> min_p(random, rows, 0);
   const bool has_carried = random.chance(60);
   if (vocabulary > 0) {
@@ -132,11 +163,12 @@ static void one(Random& random) {
     for (int64_t i = 0; i < members; ++i) fill_logits(random, policies, rows, vocabulary, i);
   }
   for (int64_t b = 0; b < rows; ++b) {
-    aggregator[b] = static_cast<int32_t>(random.between(0, 1));
+    aggregator[b] = static_cast<int32_t>(random.between(0, 5));
+    p[b] = random.pick({-3.0f, -1.0f, -0.5f, 0.0f, 0.5f, 1.0f, 2.0f});
     min_p[b] = random.chance(40) ? 0 : random.chance(10) ? 1 : static_cast<float>(random.uniform(0.001, 0.4));
     for (int64_t i = 0; i < members; ++i) {
       // In eighths, so that sums are exact and 1 is often their sum.
-      const int64_t eighths = random.pick<int64_t>({0, 2, 4, 8, aggregator[b] == 1 ? random.between(-8, 16) : 3});
+      const int64_t eighths = random.pick<int64_t>({0, 2, 4, 8, aggregator[b] < 2 ? random.between(-8, 16) : 3});
       weights[b * members + i] = static_cast<float>(eighths) / 8;
       carried[b * members + i] = random.chance(10) ? -HUGE_VALF : static_cast<float>(random.uniform(-10, 10));
     }
@@ -144,11 +176,15 @@ static void one(Random& random) {
   int64_t wrong = -1;
   if (rows > 0 && random.chance(5)) {
     wrong = random.between(0, rows - 1);
-    const int64_t what = random.between(0, members > 0 ? 2 : 1);
-    if (what == 0) aggregator[wrong] = random.pick({-1, 2, INT32_MIN, INT32_MAX});
+    const int64_t what = random.between(0, members > 0 ? 3 : 2);
+    if (what == 0) aggregator[wrong] = random.pick({-1, 6, INT32_MIN, INT32_MAX});
     if (what == 1) min_p[wrong] = random.pick({-0.1f, 1.1f, NAN, HUGE_VALF});
     if (what == 2) {
-      aggregator[wrong] = 0;
+      aggregator[wrong] = 2;
+      p[wrong] = random.pick({NAN, HUGE_VALF, -HUGE_VALF});
+    }
+    if (what == 3) {
+      aggregator[wrong] = static_cast<int32_t>(random.between(2, 5));
       weights[wrong * members + random.between(0, members - 1)] = -0.5f;
     }
   }
@@ -162,6 +198,7 @@ static void one(Random& random) {
                                                  weights.data(),
                                                  has_carried ? carried.data() : nullptr,
                                                  aggregator.data(),
+                                                 p.data(),
                                                  min_p.data(),
                                                  rows,
                                                  members,
@@ -179,15 +216,14 @@ static void one(Random& random) {
     for (int64_t v = 0; v < vocabulary; ++v) logits.push_back(ref.get(b, v));
     const Row logp0 = log_softmax(logits);
     std::vector<Member> used;
-    Row log_ratios;
     for (int64_t i = 0; i < members; ++i) {
       const double weight = weights[b * members + i];
       if (weight == 0) continue;
       for (int64_t v = 0; v < vocabulary; ++v) logits[static_cast<size_t>(v)] = policies.get(i, b, v);
-      used.push_back({log_softmax(logits), weight});
-      log_ratios.push_back(has_carried ? static_cast<double>(carried[b * members + i]) : 0);
+      const double log_ratio = has_carried ? static_cast<double>(carried[b * members + i]) : 0;
+      used.push_back({log_softmax(logits), weight, log_ratio});
     }
-    const Target target = aggregate(logp0, used, log_ratios, aggregator[b] == 0, min_p[b]);
+    const Target target = aggregate(logp0, used, static_cast<personafast::Aggregator>(aggregator[b]), p[b], min_p[b]);
     for (int64_t v = 0; target.clear && v < vocabulary; ++v) {
       const double expected = target.logp[static_cast<size_t>(v)];
       const double value = out[b * vocabulary + v];
@@ -213,6 +249,7 @@ static void one(Random& random) {
   other.weights = weights.data() + b * members;
   other.carried = has_carried && members > 0 ? carried.data() + b * members : nullptr;
   other.aggregator = aggregator.data() + b;
+  other.p = p.data() + b;
   other.min_p = min_p.data() + b;
   other.rows = 1;
   personafast::aggregate_logits_cpu(other, 1);
