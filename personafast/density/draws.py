@@ -81,10 +81,10 @@ def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
     Args:
         logp: [B, V] log-probabilities up to a constant; -inf for tokens that cannot be drawn.
-        u: float64 [B] in (0, 1).
+        u: float64 [B] or [B, n] in (0, 1).
 
     Returns:
-        int64 [B].
+        int64, of the shape of u.
 
     Raises:
         PersonafastError: a row holds NaN, or no token that can be drawn.
@@ -92,7 +92,7 @@ def choose(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     p = torch.softmax(logp.double(), dim=-1)
     cumulated = p.cumsum(dim=-1)
     check_target(cumulated[:, -1])
-    token = torch.searchsorted(cumulated, (u * cumulated[:, -1])[:, None], right=True).squeeze(1)
+    token = torch.searchsorted(cumulated, u.view(u.shape[0], -1) * cumulated[:, -1:], right=True)
     # Rounding may leave the product on the total: the last token that can be drawn takes it.
     last = p.shape[1] - 1 - (p.flip(1) > 0).int().argmax(dim=1)
-    return torch.minimum(token, last)
+    return torch.minimum(token, last[:, None]).view(u.shape)

@@ -73,23 +73,30 @@ def sample_token_rs(
                 part.keep(rows)
 
 
+def _log_ratios(log_q: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    return torch.where(log_q == -torch.inf, -torch.inf, log_q - log_b)
+
+
+def _log_bound(ratios: torch.Tensor) -> torch.Tensor:
+    """log M, [B, 1]."""
+    return ratios.amax(dim=-1, keepdim=True)
+
+
 def _accepted(
     log_q: torch.Tensor, log_b: torch.Tensor, transcript: Transcript, draws: Draws, retries: int
 ) -> torch.Tensor:
     """One token of q for every row, int64 [B], by way of proposals from b."""
-    ratio = torch.where(log_q == -torch.inf, -torch.inf, log_q - log_b)
-    log_m = ratio.amax(dim=-1)
-    positions, stats, going = transcript.positions, transcript.stats, ~transcript.ended
-    u = draws.uniform(Stream.RETRY, positions, 2 * retries)
-    token, open_ = torch.zeros_like(positions), torch.ones_like(going)
-    for attempt in range(retries):
-        proposed = choose(log_b, u[:, 2 * attempt])
-        good = u[:, 2 * attempt + 1].log() < ratio.gather(1, proposed[:, None])[:, 0] - log_m
-        token = torch.where(open_ & good, proposed, token)
-        stats.proposed += int((open_ & going).sum())
-        stats.accepted += int((open_ & good & going).sum())
-        open_ = open_ & ~good
-        if not bool((open_ & going).any()):
-            return token
-    stats.exact += int((open_ & going).sum())
-    return torch.where(open_, choose(log_q, draws.uniform(Stream.EXACT, positions)[:, 0]), token)
+    ratios = _log_ratios(log_q, log_b)
+    # All proposals come from the same logits, so they are made at once, and those behind the first that stands unmade.
+    u = draws.uniform(Stream.RETRY, transcript.positions, 2 * retries)
+    proposed = choose(log_b, u[:, ::2].contiguous())  # [B, retries]
+    stands = u[:, 1::2].log() < ratios.gather(1, proposed) - _log_bound(ratios)
+    any_stands, first = stands.any(dim=1), stands.int().argmax(dim=1)
+    stats, going = transcript.stats, ~transcript.ended
+    stats.proposed += int(torch.where(any_stands, first + 1, retries)[going].sum())
+    stats.accepted += int(any_stands[going].sum())
+    stats.exact += int((~any_stands)[going].sum())
+    token = proposed.gather(1, first[:, None])[:, 0]
+    if bool(any_stands.all()):
+        return token
+    return torch.where(any_stands, token, choose(log_q, draws.uniform(Stream.EXACT, transcript.positions)[:, 0]))

@@ -2,35 +2,24 @@
 
 import pytest
 import torch
-from helpers.table import Tables, TableScorer, p_value, rule, total_variation
+from helpers.table import Tables, p_value, rule, sample, total_variation
 
 from personafast.density.direct import sample_direct
 from personafast.density.draws import Draws, row_seed
-from personafast.density.scr import ScrOptions, sample_scr
-from personafast.density.transcript import Transcript
 
 SAMPLES = 1_000_000
 BATCH = 125_000  # tables and draws of one batch stay in the cache
 TABLES = Tables(policies=2)
 
 
-def draws(rows, seed, kind=Draws):
-    return kind(torch.randint(2**62, (rows,), generator=torch.Generator().manual_seed(seed)))
+def texts(seed, weights, aggregator, *, min_p=0.0, t=1.0, kind=Draws, eos=(), tables=TABLES, rows=SAMPLES, **more):
+    """Codes of the texts of `sample_direct`, and the statistics of the last batch."""
 
+    def run(scorer, transcript, draws):
+        sample_direct(scorer, transcript, rule(transcript.alive.numel(), weights, aggregator, min_p, t), draws, **more)
 
-def texts(sampler, seed, weights, aggregator, *, tables=TABLES, rows=SAMPLES, min_p=0.0, t=1.0, kind=Draws, **more):
-    """Codes of the sampled texts, and the statistics of the last batch."""
-    codes = []
-    for start in range(0, rows, BATCH):
-        transcript = Transcript(torch.zeros(BATCH, 1, dtype=torch.long), tables.length, eos=())
-        of_batch = draws(BATCH, seed * rows + start, kind)
-        sampler(TableScorer(tables, BATCH), transcript, rule(BATCH, weights, aggregator, min_p, t), of_batch, **more)
-        tokens = transcript.sequences(0)[:, 1:]
-        code = torch.zeros(BATCH, dtype=torch.long)
-        for j in range(tables.length):
-            code = code * tables.vocab + tokens[:, j]
-        codes.append(code)
-    return torch.cat(codes), transcript.stats
+    code, stats = sample(run, tables, rows, seed, batch=BATCH, kind=kind, eos=eos)
+    return code, stats[-1]
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -46,7 +35,7 @@ def texts(sampler, seed, weights, aggregator, *, tables=TABLES, rows=SAMPLES, mi
 )
 def test_direct_draws_the_token_level_target(aggregator, weights, min_p, temperature, seed):
     expected = TABLES.joint(rule(1, weights, aggregator, min_p, temperature))
-    code, _ = texts(sample_direct, seed, weights, aggregator, min_p=min_p, t=temperature)
+    code, _ = texts(seed, weights, aggregator, min_p=min_p, t=temperature)
     assert p_value(code, expected) > 1e-3
     assert total_variation(code, expected) < 0.008
 
@@ -54,7 +43,7 @@ def test_direct_draws_the_token_level_target(aggregator, weights, min_p, tempera
 def test_a_wrong_target_is_caught():
     """Positive control: a weight off by 2 % must fail the same test."""
     expected = TABLES.joint(rule(1, [1.0, 1.02], "geometric"))
-    code, _ = texts(sample_direct, 1, [1.0, 1.0], "geometric")
+    code, _ = texts(1, [1.0, 1.0], "geometric")
     assert p_value(code, expected) < 1e-6
 
 
@@ -66,7 +55,7 @@ def test_a_reused_uniform_is_caught():
             return super().uniform(stream, torch.zeros_like(positions), n)
 
     expected = TABLES.joint(rule(1, [1.0, 1.0], "geometric"))
-    code, _ = texts(sample_direct, 1, [1.0, 1.0], "geometric", kind=Reused)
+    code, _ = texts(1, [1.0, 1.0], "geometric", kind=Reused)
     assert p_value(code, expected) < 1e-6
 
 
@@ -74,43 +63,31 @@ def test_carried_weights_give_the_sequence_level_mixture():
     """With carry, a text is one draw from sum_i alpha_i pi_i over whole texts."""
     policies = [TABLES.joint(rule(1, weights, "linear")) for weights in ([1.0, 0.0], [0.0, 1.0])]
     expected = 0.3 * policies[0] + 0.7 * policies[1]
-    code, _ = texts(sample_direct, 1, [0.3, 0.7], "linear", carry=True)
+    code, _ = texts(1, [0.3, 0.7], "linear", carry=True)
     assert p_value(code, expected) > 1e-3
     reset = TABLES.joint(rule(1, [0.3, 0.7], "linear"))
     assert p_value(code, reset) < 1e-6
 
 
-def test_scr_of_one_token_with_identical_policies_is_the_reference():
-    """Policies equal to the reference: every ratio is 1, so whatever SCR accepts is a draw from the reference."""
-    same = Tables(policies=1, seed=3)
-    same.logits[1] = same.logits[0]
-    expected = same.joint(rule(1, [1.0], "linear"))
-    code, stats = texts(sample_scr, 4, [1.0], "linear", tables=same, options=ScrOptions(2, gamma=1.0, warmup=1))
+def test_a_process_sees_the_text_that_leads_to_a_token():
+    def process(ids, scores):
+        return scores - 1.5 * (torch.arange(TABLES.vocab) == ids[:, -1:])
+
+    expected = TABLES.joint(rule(1, [1.0, 1.0], "geometric"), process, (3,))
+    code, _ = texts(1, [1.0, 1.0], "geometric", eos=(3,), process=process)
     assert p_value(code, expected) > 1e-3
-    assert stats.acceptance > 0.99
 
 
-def test_scr_is_close_to_its_target_and_not_exact():
-    """Single tokens, where the chunk-level target is the token-level one: the estimated bound leaves a bias."""
-    weights, near = [0.6, 0.4], Tables(policies=2, vocab=3, length=6, near=0.5)
-    expected = near.joint(rule(1, weights, "linear"))
-    code, stats = texts(sample_scr, 5, weights, "linear", tables=near, options=ScrOptions(chunk=1))
-    bias = total_variation(code, expected)
-    print(f"scr, k = 1: TV {bias:.3f}, clipped {stats.clipped_mass:.3f}")
-    assert p_value(code, expected) < 1e-6, "scr has become exact: say so in the docs"
-    reference = near.joint(rule(1, [0.0, 0.0], "linear"))
-    assert bias < 0.5 * total_variation(code, reference)
-
-
-def test_scr_ends_a_row_at_an_eos_inside_the_chunk():
-    rows = 2000
-    transcript = Transcript(torch.zeros(rows, 1, dtype=torch.long), TABLES.length, eos=(3,))
-    sample_scr(
-        TableScorer(TABLES, rows), transcript, rule(rows, [0.5, 0.5], "linear"), draws(rows, 6), ScrOptions(warmup=1)
-    )
-    tokens = transcript.sequences(9)[:, 1:]
-    after = (tokens == 3).long().cumsum(1) - (tokens == 3).long() > 0
-    assert (tokens[after] == 9).all() and (tokens[~after] != 9).all()
+@pytest.mark.parametrize("vocab", [4, 9])
+def test_a_ratio_is_one_on_average(vocab):
+    """E_pi0[pi_i(C) / pi_0(C)] = 1, for texts of any length."""
+    tables = Tables(policies=2, vocab=vocab, length=3, seed=2)
+    logp = torch.zeros(3, 1, dtype=torch.float64)
+    for count in range(tables.length):
+        logp = (logp[..., None] + tables.members(count).double().log_softmax(-1)).flatten(1)
+        ratio = rule(1, [1.0, 0.0], "linear").select(torch.zeros(logp.shape[1], dtype=torch.long))
+        found = ratio.scores(logp[0, :, None].float(), logp[1:, :, None].float())[:, 0].double().exp()
+        assert float((logp[0].exp() * found).sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_row_seeds_differ():
