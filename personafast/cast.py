@@ -140,7 +140,12 @@ class Cast:
         return bool(names) and len({self._is_model(name) for name in names}) == 1
 
     def rows(
-        self, personas: Sequence[Persona | None], prompts: Sequence[list[int]], sampler: str, draft: str | Patch
+        self,
+        personas: Sequence[Persona | None],
+        prompts: Sequence[list[int]],
+        sampler: str,
+        draft: str | Patch,
+        draft_scale: float = 1.0,
     ) -> list[Row]:
         """What decoding needs of every row.
 
@@ -149,15 +154,17 @@ class Cast:
             prompts: token ids a row, without padding.
             sampler: "merge" makes one member of each row.
             draft: "merge" gives the rows that can be merged that draft, a patch all rows the model in it.
+            draft_scale: share of the weights that a merge drafts with.
         """
         merging = draft == "merge" or sampler == "merge"
         if merging:
-            self._merge_all([persona for persona in personas if persona is not None], strict=sampler == "merge")
+            scale = 1.0 if sampler == "merge" else draft_scale
+            self._merge_all([persona for persona in personas if persona is not None], scale, strict=sampler == "merge")
         vectors = self.vector_slots(personas)
         rows = []
         for persona, prompt, vector in zip(personas, prompts, vectors, strict=True):
             persona = persona or Persona()
-            merged = self._merged_member(persona, prompt, vector) if merging else None
+            merged = self._merged_member(persona, prompt, vector, scale) if merging else None
             if sampler == "merge":
                 reference = Member(prompt, vector, self._mask_slot(persona), NOBODY)
                 rows.append(Row(merged or reference, (), (), persona.has_ratios))
@@ -280,7 +287,7 @@ class Cast:
             adapters.append(self._merge(key))
         self.patch.set_adapters(adapters)
 
-    def _merge_all(self, personas: Iterable[Persona], strict: bool) -> None:
+    def _merge_all(self, personas: Iterable[Persona], scale: float, strict: bool) -> None:
         """See that every persona's merged policy is at hand; the oldest ones leave when they are too many.
 
         `strict` refuses what has no weights to add; otherwise that is left out of the merge.
@@ -297,7 +304,7 @@ class Cast:
                         "sampler: 'merge' cannot add LoRA policies to separate models; use policies of one kind"
                     )
                 continue
-            key = self._merge_key(persona)
+            key = self._merge_key(persona, scale)
             if self.separate(persona):
                 self._merge_models(key)
             else:
@@ -310,9 +317,9 @@ class Cast:
         self._merged = {key: len(self._adapter_names) + slot for slot, key in enumerate(keys)}
         self._fill_adapters()
 
-    def _merge_key(self, persona: Persona) -> Key:
+    def _merge_key(self, persona: Persona, scale: float) -> Key:
         weights = persona.policies.items()
-        return tuple(sorted((name, weight) for name, weight in weights if weight and not self._is_prompt(name)))
+        return tuple(sorted((name, scale * weight) for name, weight in weights if weight and not self._is_prompt(name)))
 
     def _merge_models(self, key: Key) -> None:
         if key in self._merged_models:
@@ -323,10 +330,10 @@ class Cast:
             self._merged_models.pop(next(iter(self._merged_models))).remove()
         self._merged_models[key] = _installed(self.policies.merged(dict(key)))
 
-    def _merged_member(self, persona: Persona, prompt: list[int], vector: int) -> Member | None:
+    def _merged_member(self, persona: Persona, prompt: list[int], vector: int, scale: float) -> Member | None:
         if not self.mergeable(persona):
             return None
-        mask, key = self._mask_slot(persona), self._merge_key(persona)
+        mask, key = self._mask_slot(persona), self._merge_key(persona, scale)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")

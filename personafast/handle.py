@@ -211,6 +211,8 @@ class PersonaHandle:
         carry: bool = False,
         chunk: int | None = None,
         draft: Any = "auto",
+        draft_scale: float = 0.85,
+        draft_confidence: float = 0.05,
         retries: int = 64,
         scr_options: ScrOptions | None = None,
         stop_strings: str | Sequence[str] | None = None,
@@ -255,6 +257,9 @@ class PersonaHandle:
             draft: what "verify" and "block" draft with: "reference" (or the persona's base), "merge", "ngram" (words
                 that followed the last ones earlier in the row), a small model with the same vocabulary, or a `Drafter`.
                 Any draft leaves the target as it is. "auto" takes the merge where the policies can be merged.
+            draft_scale: a merge drafts with this share of the persona's weights. Updates that are added disturb each
+                other, the more the more there are; a little less of them comes nearer to the target (docs/density.md).
+            draft_confidence: a draft ends after a token of less probability than this.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
             scr_options: all of the open parameters of "scr"; overrides `chunk` there.
             stop_strings: texts that end a row.
@@ -273,7 +278,20 @@ class PersonaHandle:
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
         scr = scr_options or (ScrOptions() if chunk is None else ScrOptions(chunk=chunk))
-        options = Options(sampler, seed, seeds, min_p, policy_temperature, carry, chunk, draft, retries, scr)
+        options = Options(
+            sampler=sampler,
+            seed=seed,
+            seeds=seeds,
+            min_p=min_p,
+            policy_temperature=policy_temperature,
+            carry=carry,
+            chunk=chunk,
+            draft=draft,
+            draft_scale=draft_scale,
+            draft_confidence=draft_confidence,
+            retries=retries,
+            scr=scr,
+        )
         criteria = list(stopping_criteria or ())
         if stop_strings:
             criteria.append(StopStrings(self.tokenizer, stop_strings))
@@ -283,7 +301,7 @@ class PersonaHandle:
         with self.speaking(), self._drafting(options.draft) as drafting:
             return decode(
                 self.cast.patch,
-                self.cast.rows(spread, prompts, options.sampler, drafting),
+                self.cast.rows(spread, prompts, options.sampler, drafting, options.draft_scale),
                 input_ids,
                 replace(options, draft=drafting),
                 generation_config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -128,6 +129,8 @@ class ModelDrafter:
     Args:
         scorer: proposes.
         temperature: divides the logits first, as `Rule.policy_temperature` does.
+        confidence: a row's draft ends after a token of less probability than this: what follows would most likely be
+            drafted in vain.
         min_p: float32 [B], keeps tokens of at least this share of the largest probability; None keeps all.
         process: the target's processors and warpers, (ids [b, l], log-probabilities [b, V]) -> scores [b, V].
     """
@@ -137,10 +140,12 @@ class ModelDrafter:
         scorer: Scorer,
         *,
         temperature: float = 1.0,
+        confidence: float = 0.0,
         min_p: torch.Tensor | None = None,
         process: Process | None = None,
     ) -> None:
         self._scorer, self._temperature, self._min_p, self._process = scorer, temperature, min_p, process
+        self._least = math.log(confidence) if confidence > 0 else -math.inf
 
     def draft(self, transcript: Transcript, draws: Draws | None, chunk: int) -> Draft:
         """See `Drafter.draft`."""
@@ -159,6 +164,7 @@ class ModelDrafter:
             token = logp.argmax(dim=-1) if u is None else choose(logp, u[:, tokens.shape[1]])
             lengths = lengths + going
             going = going & (lengths < room) & ~transcript.is_eos(token)
+            going = going & (logp.gather(1, token[:, None])[:, 0] >= self._least)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             laws.append(logp)
         law = torch.stack(laws, dim=1) if laws and u is not None else None
