@@ -31,6 +31,8 @@ class RaggedContext:
     def __init__(self, model: nn.Module, prompts: list[list[int]], device: torch.device) -> None:
         from transformers import DynamicCache
 
+        from personafast.models.growing import GrowingLayer
+
         self.model = model
         self.device = device
         length = max(len(ids) for ids in prompts)
@@ -44,6 +46,7 @@ class RaggedContext:
         self._ragged = not bool(self._live.all())
         # Without the configuration every layer keeps all columns, which dead columns in a sliding window need.
         self._cache = DynamicCache()
+        self._cache.layer_class_to_replicate = GrowingLayer
         # PEFT's wrapper takes anything, so the model inside says what it understands.
         base: Any = getattr(model, "get_base_model", lambda: model)()
         self._parameters = inspect.signature(base.forward).parameters

@@ -18,6 +18,7 @@ from torch import nn
 from personafast import ops
 from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
+from personafast.models.attention import patch_attention, unpatch_attention
 from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
 from personafast.models.norms import find_norms
@@ -92,6 +93,7 @@ class Patch:
         head = self.parts.head
         if head is not None and _is_stock(head) and head not in self._patched:
             self._replace_forward(head, functools.partial(_plain, head))
+        patch_attention(self.model)
         for norm, eps in find_norms(self.model):
             self._replace_forward(norm, functools.partial(_norm, norm, eps))
 
@@ -104,6 +106,7 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        unpatch_attention(self.model)
         for linear, (previous, ours) in self._patched.items():
             if linear.__dict__.get("forward") is not ours:
                 continue  # somebody else has wrapped it since; without personas it is the plain linear inside theirs
