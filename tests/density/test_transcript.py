@@ -51,6 +51,25 @@ def test_a_criterion_sees_the_newest_token_of_every_row_at_the_end():
         assert any(ends(row, text[:count]) for count in range(3, len(text) + 1))
 
 
+def test_rows_that_have_ended_do_not_count():
+    transcript = Transcript(PROMPT, 4, eos=(9,))
+    transcript.count(torch.tensor([3, 3, 2]), torch.tensor([0, 3, 1]))
+    transcript.append(torch.tensor([[9, 0, 0, 0], [1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([1, 4, 2]))
+    # Two rows have ended. Whatever is said of them from here on is for show.
+    before = transcript.positions
+    transcript.count(torch.tensor([3, 3, 1]), torch.tensor([3, 3, 1]))
+    transcript.append(torch.tensor([[7, 7], [7, 7], [7, 9]]), torch.tensor([2, 2, 2]))
+    transcript.add_log_z(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.5, 0.25, torch.nan]]), before)
+    stats = transcript.stats
+    assert (stats.proposed, stats.accepted, stats.tokens, stats.rounds) == (9, 5, 9, 2)
+    assert stats.accepted_lengths == [1, 2, 0, 1]
+    assert stats.row_rounds.tolist() == [1, 1, 2]
+    assert stats.log_z.tolist() == [0, 0, 0.75]
+    assert stats.tokens_per_round == 9 / 4
+    stats.weight_bytes = 18
+    assert stats.bytes_per_token == 2
+
+
 class Counting(LogitsProcessor):
     """Holds a state a row, as some processors do, and so must see all rows at every step."""
 

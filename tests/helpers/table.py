@@ -172,7 +172,7 @@ class Certain:
     def draft(self, transcript: Transcript, draws: Draws | None, chunk: int) -> Draft:
         last = transcript.ids()[:, -1:]
         tokens = (last + 1 + torch.arange(chunk)) % self.vocab
-        lengths = (transcript.positions + last[:, 0]) % (chunk + 1)
+        lengths = torch.where(last[:, 0] % 2 == 0, chunk, transcript.positions % (chunk + 1))
         return Draft(tokens, None, lengths.to(torch.int32), deterministic=True)
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
