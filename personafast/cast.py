@@ -293,6 +293,7 @@ class Cast:
         `strict` refuses what has no weights to add; otherwise that is left out of the merge.
         """
         needed: list[Key] = []
+        of_models: list[Key] = []
         for persona in personas:
             if strict and (any(persona.prompts.values()) or any(map(self._is_prompt, _named(persona)))):
                 raise PersonafastError("sampler: 'merge' adds weights, and prompts have none; use 'direct'")
@@ -304,11 +305,10 @@ class Cast:
                         "sampler: 'merge' cannot add LoRA policies to separate models; use policies of one kind"
                     )
                 continue
-            key = self._merge_key(persona, scale)
-            if self.separate(persona):
-                self._merge_models(key)
-            else:
-                needed.append(key)
+            (of_models if self.separate(persona) else needed).append(self._merge_key(persona, scale))
+        of_models = list(dict.fromkeys(of_models))
+        # A draft may be any model: rows beyond the merges that are kept have the reference's.
+        self._merge_models(of_models if strict else of_models[:_MERGED_MODELS])
         needed = list(dict.fromkeys(needed))
         if all(key in self._merged for key in needed):
             return
@@ -321,14 +321,20 @@ class Cast:
         weights = persona.policies.items()
         return tuple(sorted((name, scale * weight) for name, weight in weights if weight and not self._is_prompt(name)))
 
-    def _merge_models(self, key: Key) -> None:
-        if key in self._merged_models:
-            self._merged_models[key] = self._merged_models.pop(key)
-            return
-        assert self.policies is not None
-        while len(self._merged_models) >= _MERGED_MODELS:
-            self._merged_models.pop(next(iter(self._merged_models))).remove()
-        self._merged_models[key] = _installed(self.policies.merged(dict(key)))
+    def _merge_models(self, keys: Sequence[Key]) -> None:
+        """See that these merges of separate models, made of the weights that those have now, are at hand."""
+        for old in [key for key in self._merged_models if key not in keys]:
+            if len(self._merged_models.keys() | set(keys)) > _MERGED_MODELS:
+                self._merged_models.pop(old).remove()
+        for key in keys:
+            assert self.policies is not None
+            model = self.policies.merged(dict(key))
+            known = self._merged_models.get(key)
+            if known is not None and known.model is model:
+                continue
+            if known is not None:
+                known.remove()
+            self._merged_models[key] = _installed(model)
 
     def _merged_member(self, persona: Persona, prompt: list[int], vector: int, scale: float) -> Member | None:
         if not self.mergeable(persona):
@@ -336,6 +342,8 @@ class Cast:
         mask, key = self._mask_slot(persona), self._merge_key(persona, scale)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
+        if self.separate(persona):
+            return None
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")
 
     def _merge(self, key: Key) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:

@@ -131,6 +131,7 @@ class _Call:
             process=self._process_or_none,
             carry=self.options.carry,
             want_log_z=self.want_log_z,
+            vocabulary=self.patch.parts.shape.vocab_size,
         )
 
     def _chunks(self, sampler: str) -> None:
@@ -143,7 +144,9 @@ class _Call:
                     "sampler: 'scr' needs policies or prompts in every row; use 'direct' for mixed batches"
                 )
             scorer = self._scorer(ahead=[row.front for row in self.rows], all_references=True)
-            sample_scr(scorer, self.transcript, self.rule, self.draws, self.options.scr)
+            sample_scr(
+                scorer, self.transcript, self.rule, self.draws, self.options.scr, want_log_z=self.want_log_z
+            )
             return
         # A row without policies is a mixture of one: its reference.
         policies = [row.policies or [row.reference] for row in self.rows]
@@ -157,6 +160,7 @@ class _Call:
             self.draws,
             chunk=self.options.chunk or 1,
             carry=self.options.carry,
+            want_log_z=self.want_log_z,
         )
 
     def _scorer(self, ahead: Sequence[Member] | None = None, all_references: bool = False) -> ModelScorer:

@@ -29,6 +29,7 @@ class SystemPrompts:
         self._tokenizer = tokenizer
         self._heads: dict[str, tuple[list[int], list[int]] | None] = {}
         self._start: list[int] | None = None
+        self._texts: dict[str, list[int]] = {}
 
     def insert(self, ids: Sequence[int], text: str) -> list[int]:
         """The row's ids with the system text in place.
@@ -46,7 +47,9 @@ class SystemPrompts:
         if not getattr(self._tokenizer, "chat_template", None):
             bos = self._tokenizer.bos_token_id
             first = 1 if ids and bos is not None and ids[0] == bos else 0
-            return ids[:first] + self._tokenizer(text + "\n", add_special_tokens=False)["input_ids"] + ids[first:]
+            if text not in self._texts:
+                self._texts[text] = list(self._tokenizer(text + "\n", add_special_tokens=False)["input_ids"])
+            return ids[:first] + self._texts[text] + ids[first:]
         if text not in self._heads:
             self._heads[text] = self._token_heads(text)
         heads = self._heads[text]

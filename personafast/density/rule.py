@@ -84,11 +84,12 @@ class Rule:
         )
         if self._may_clamp:
             self._count_clamped(policies, carried)
-        for row, function in self._customs():
-            target[row] = self._custom_target(row, function, reference, policies, carried)
+        for rows, function in self._customs():
+            target[rows] = self._custom_targets(rows, function, reference, policies, carried)
         if self.base is not None:
-            for row in self._rebased():
-                target[row] = self._on_base(row, target[row], reference, policies, carried)
+            rows = self._rebased()
+            if rows.numel():
+                target[rows] = self._on_base(rows, target[rows], reference, policies, carried)
         # A row that is only its reference keeps raw logits, so that processors see what stock generate shows them.
         plain = (weights == 0).all(dim=1) & (self.min_p == 0)
         return torch.where(plain[:, None], reference, target) if bool(plain.any()) else target
@@ -117,12 +118,12 @@ class Rule:
             carried: float32 [B, N], log ratios of the text before the chunk.
         """
         scores = ops.chunk_scores(reference, policies, self.weights, carried, self.aggregator, self._exponents())
-        for row, function in self._customs():
-            used = self._used(row)
-            ratios = (policies[used, row].float() - reference[row].float()).cumsum(dim=-1)
+        for rows, function in self._customs():
+            used = self._used(rows)
+            ratios = (policies[used][:, rows].float() - reference[rows].float()).cumsum(dim=-1)
             if carried is not None:
-                ratios = ratios + carried[row, used, None]
-            scores[row] = _call(function, ratios, self.weights[row, used])
+                ratios = ratios + carried[rows][:, used].t()[..., None]
+            scores[rows] = _call(function, ratios, self.weights[rows[0], used])
         return scores
 
     def log_ratios(self, reference: torch.Tensor, policies: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -169,67 +170,77 @@ class Rule:
         self.clamped.share += float(share.sum())
         self.clamped.places += rows.numel()
 
-    def _customs(self) -> list[tuple[int, Custom]]:
-        return [(row, function) for row, function in enumerate(self.custom or ()) if function is not None]
+    def _customs(self) -> list[tuple[torch.Tensor, Custom]]:
+        """The rows that have a function, int64 [b]; those of one function and the same weights are served together."""
+        if self.custom is None:
+            return []
+        found: dict[tuple[int, tuple[float, ...]], tuple[list[int], Custom]] = {}
+        for row, (function, weights) in enumerate(zip(self.custom, self.weights.tolist(), strict=True)):
+            if function is not None:
+                found.setdefault((id(function), tuple(weights)), ([], function))[0].append(row)
+        return [(torch.tensor(rows, device=self.weights.device), function) for rows, function in found.values()]
 
-    def _used(self, row: int) -> torch.Tensor:
-        return self.weights[row].nonzero().flatten()
+    def _used(self, rows: torch.Tensor) -> torch.Tensor:
+        """Members of non-zero weight of rows that have the same weights."""
+        return self.weights[rows[0]].nonzero().flatten()
 
-    def _custom_target(
+    def _custom_targets(
         self,
-        row: int,
+        rows: torch.Tensor,
         function: Custom,
         reference: torch.Tensor,
         policies: torch.Tensor,
         carried: torch.Tensor | None,
     ) -> torch.Tensor:
-        used = self._used(row)
-        logp0, logp = reference[row].float().log_softmax(-1), policies[used, row].float().log_softmax(-1)
+        """Targets [b, V] of rows that share a function and their weights."""
+        used = self._used(rows)
+        logp0 = reference[rows].float().log_softmax(-1)  # [b, V]
+        logp = policies[used][:, rows].float().log_softmax(-1)  # [N, b, V]
         ratios = torch.where(logp0 == -torch.inf, -torch.inf, logp - logp0)
         if carried is not None:
-            ratios = ratios + carried[row, used, None]
-        target = torch.where(logp0 == -torch.inf, -torch.inf, logp0 + _call(function, ratios, self.weights[row, used]))
-        return _normalised(torch.where(_likely(torch.cat([logp, logp0[None]]), self.min_p[row]), target, -torch.inf))
+            ratios = ratios + carried[rows][:, used].t()[..., None]
+        log_g = _call(function, ratios, self.weights[rows[0], used])
+        target = torch.where(logp0 == -torch.inf, -torch.inf, logp0 + log_g)
+        likely = _likely(torch.cat([logp, logp0[None]]), self.min_p[rows])
+        return _normalised(torch.where(likely, target, -torch.inf))
 
-    def _rebased(self) -> list[int]:
-        """Rows whose base still has to take the reference's place."""
+    def _rebased(self) -> torch.Tensor:
+        """Rows whose base still has to take the reference's place, int64 [b]."""
         assert self.base is not None
-        geometric = self.aggregator == int(Aggregator.GEOMETRIC)
-        custom = {row for row, _ in self._customs()}
-        return [
-            row
-            for row, (base, done) in enumerate(zip(self.base.tolist(), geometric.tolist(), strict=True))
-            if base >= 0 and (row in custom or not done)
-        ]
+        done = self.aggregator == int(Aggregator.GEOMETRIC)
+        for rows, _ in self._customs():
+            done = done.index_fill(0, rows, False)
+        return ((self.base >= 0) & ~done).nonzero().flatten()
 
     def _on_base(
         self,
-        row: int,
+        rows: torch.Tensor,
         target: torch.Tensor,
         reference: torch.Tensor,
         policies: torch.Tensor,
         carried: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Exchange pi_0 for b in one row: log q + log b - log pi_0."""
+        """Exchange pi_0 for b in some rows, whose target is [b, V]: log q + log b - log pi_0."""
         assert self.base is not None
-        one = self.select(torch.tensor([row], device=self.weights.device))
-        one.base, one.min_p = None, torch.zeros_like(one.min_p)
-        index = slice(row, row + 1)
-        whole = one.target(reference[index], policies[:, index], None if carried is None else carried[index])[0]
-        logp0 = reference[row].float().log_softmax(-1)
-        base = policies[int(self.base[row]), row].float().log_softmax(-1)
+        some = self.select(rows)
+        some.base, some.min_p, some.policy_temperature = None, torch.zeros_like(some.min_p), 1.0
+        # What negative weights take was counted when these rows were first seen.
+        some.clamped = Clamped()
+        reference, of_base = reference[rows], policies[self.base[rows], rows]
+        whole = some.target(reference, policies[:, rows], None if carried is None else carried[rows])
+        logp0, base = reference.float().log_softmax(-1), of_base.float().log_softmax(-1)
         moved = torch.where(logp0 == -torch.inf, -torch.inf, whole.log_softmax(-1) - logp0 + base)
-        support = (target > -torch.inf) | _likely(base[None], self.min_p[row])
+        support = (target > -torch.inf) | _likely(base[None], self.min_p[rows])
         return _normalised(torch.where(support, moved, -torch.inf))
 
 
 def _likely(logp: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Tokens that pass min-p under at least one member, bool [V]; logp is [M, V]."""
-    return (logp >= logp.amax(-1, keepdim=True) + min_p.log()).any(0)
+    """Tokens that pass min-p [b] under at least one member, bool [b, V]; logp is [M, b, V]."""
+    return (logp >= logp.amax(-1, keepdim=True) + min_p.log()[:, None]).any(0)
 
 
 def _normalised(target: torch.Tensor) -> torch.Tensor:
-    norm = target.logsumexp(-1)
+    norm = target.logsumexp(-1, keepdim=True)
     return torch.where(norm == -torch.inf, target, target - norm)
 
 

@@ -65,9 +65,13 @@ def attend(
     Args:
         module: the attention layer.
         query: [B, G K, q, D].
-        key, value: [B, K, n, D], n > q.
+        key: [B, K, n, D], n > q.
+        value: as the keys.
         attention_mask: bool or additive, [B or 1, 1, q, n]; None only with q = 1, where nothing is masked.
-        dropout, scaling, is_causal, kwargs: as transformers gives them.
+        dropout: as transformers gives it, like all that follows.
+        scaling: factor of Q K^T.
+        is_causal: for transformers' own.
+        **kwargs: for transformers' own.
 
     Returns:
         [B, q, G K, D], and None for the attention weights.

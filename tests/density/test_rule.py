@@ -1,5 +1,7 @@
 """The target of a row: what the policy temperature does to it, and what the text so far does to a mixture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.table import Tables, TableScorer, rule
@@ -62,3 +64,35 @@ def test_carried_weights_follow_their_row_and_the_policy_temperature():
     for text, seed in zip(transcript.sequences(-1)[:, 1:].tolist(), seeds, strict=True):
         wanted = by_hand(seed)
         assert text == wanted + [-1] * (len(text) - len(wanted))
+
+
+@pytest.mark.parametrize("aggregator", ["linear", "power", "jensen_shannon"])
+def test_a_base_is_at_the_policy_temperature_once(aggregator):
+    """b g(r) / Z with everything at temperature t is the target at temperature 1 of logits divided by t."""
+    t, reference, policies = 0.6, 2 * torch.randn(3, 5), 2 * torch.randn(3, 3, 5)
+    weights = [0.7, 0.3, 0.0]
+    hot = replace(rule(3, weights, aggregator, 0.1, t), base=torch.tensor([2, -1, 2]))
+    cold = replace(rule(3, weights, aggregator, 0.1), base=torch.tensor([2, -1, 2]))
+    torch.testing.assert_close(hot.target(reference, policies), cold.target(reference / t, policies / t))
+
+
+def test_rows_with_functions_are_what_they_are_alone():
+    """Rows that share a function and its weights are served together, and none sees another."""
+
+    def sum_of_squares(ratios, weights):
+        return (weights.view(-1, *[1] * (ratios.dim() - 1)) * (2 * ratios).exp()).sum(0).log()
+
+    reference, policies = torch.randn(5, 7), torch.randn(3, 5, 7)
+    mixed = rule(5, [0.5, 0.2, 0.0], "linear", 0.1)
+    mixed.weights[3] = torch.tensor([0.0, 0.4, 0.0])
+    mixed.custom = [sum_of_squares, None, sum_of_squares, sum_of_squares, lambda ratios, weights: ratios.amax(0)]
+    mixed.base = torch.tensor([-1, 2, 2, 2, -1])
+    carried = torch.randn(5, 3)
+    together = mixed.target(reference, policies, carried)
+    scores = mixed.scores(reference, policies, carried)
+    for row in range(5):
+        index = torch.tensor([row])
+        alone = mixed.select(index)
+        torch.testing.assert_close(alone.target(reference[index], policies[:, index], carried[index])[0], together[row])
+        torch.testing.assert_close(alone.scores(reference[index], policies[:, index], carried[index])[0], scores[row])
+    assert not any(torch.allclose(together[0], other) for other in together[1:])
