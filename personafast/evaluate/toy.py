@@ -18,7 +18,8 @@ LARGEST = 1 << 20  # texts an enumeration may hold
 class Toy:
     """A reference and N policies whose next-token logits depend on the last few tokens only.
 
-    Texts may thus be as long as estimates need to settle, and the law of any stretch of them is a sum over few contexts.
+    Texts may thus be as long as estimates need to settle, and the law of any stretch of them is a sum over few
+    contexts.
     Every text starts after a context of zeros. All weights are 1, so that no rule needs more than its name: under the
     linear one the target is the even mixture.
 
@@ -86,7 +87,7 @@ class Toy:
         seed: int,
         batch: int = 50_000,
     ) -> tuple[torch.Tensor, list[GenerationStats]]:
-        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and every batch's statistics.
+        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and each batch's statistics.
 
         Args:
             run: writes one batch of texts.
@@ -179,7 +180,8 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
 def noise(law: torch.Tensor, texts: int) -> float:
     """Total variation from `law` that so many exact samples of it are expected to show: that of a normal deviation.
 
-    Each share p has the standard deviation sqrt(p (1 - p) / n), and a normal deviate's mean magnitude is sqrt(2 / pi) of it.
+    Each share p has the standard deviation sqrt(p (1 - p) / n), and a normal deviate's mean magnitude is sqrt(2 / pi)
+    of that.
     """
     return float((law * (1 - law) / texts).sqrt().sum() / (2 * torch.pi) ** 0.5)
 
