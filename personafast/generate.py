@@ -144,9 +144,7 @@ class _Call:
                     "sampler: 'scr' needs policies or prompts in every row; use 'direct' for mixed batches"
                 )
             scorer = self._scorer(ahead=[row.front for row in self.rows], all_references=True)
-            sample_scr(
-                scorer, self.transcript, self.rule, self.draws, self.options.scr, want_log_z=self.want_log_z
-            )
+            sample_scr(scorer, self.transcript, self.rule, self.draws, self.options.scr, want_log_z=self.want_log_z)
             return
         # A row without policies is a mixture of one: its reference.
         policies = [row.policies or [row.reference] for row in self.rows]

@@ -87,7 +87,7 @@ class Toy:
         seed: int,
         batch: int = 50_000,
     ) -> tuple[torch.Tensor, list[GenerationStats]]:
-        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and all statistics.
+        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and each batch's statistics.
 
         Args:
             run: writes one batch of texts.
@@ -180,7 +180,8 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
 def noise(law: torch.Tensor, texts: int) -> float:
     """Total variation from `law` that so many exact samples of it are expected to show: that of a normal deviation.
 
-    Each share p has the standard deviation sqrt(p (1 - p) / n), and a normal deviate is sqrt(2 / pi) of that on average.
+    Each share p has the standard deviation sqrt(p (1 - p) / n), and a normal deviate's mean magnitude is sqrt(2 / pi)
+    of that.
     """
     return float((law * (1 - law) / texts).sqrt().sum() / (2 * torch.pi) ** 0.5)
 

@@ -28,9 +28,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _append(
-    held: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _append(held: torch.Tensor, buffer: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     columns = held.shape[2]
     length = columns + new.shape[2]
     if (
