@@ -135,11 +135,11 @@ def make_model(shape: Shape) -> Any:
     """The model of `shape`, made once: nobody may change its weights."""
     if shape.name not in _made:
         _made.clear()
-        _made[shape.name] = _drawn(shape)
+        _made[shape.name] = drawn(shape)
     return _made[shape.name]
 
 
-def _drawn(shape: Shape) -> Any:
+def drawn(shape: Shape) -> Any:
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -58,7 +58,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
-    suites = [machine[name] for name in ("ops", "decode") if name in machine]
+    suites = [machine[name] for name in ("ops", "decode", "blend") if name in machine]
     yield f"## {_hardware(suites[0])}"
     yield _facts(suites)
     cases = [case for suite in suites for case in suite["cases"]]
@@ -67,13 +67,14 @@ def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
         yield "### Goals"
         yield _table(["case", "against", "goal", "measured", ""], goals, "llrrl")
     yield f"![Ratios and shares of the read bandwidth](performance-{machine['name']}.png)"
-    decoding = [case for case in measured if "contenders" in case]
-    if decoding:
-        yield "### Decoding"
-        if "decode" in NOTES:
-            yield NOTES["decode"]
-        for case in decoding:
-            yield _decoding(case)
+    for suite, title in (("decode", "Decoding"), ("blend", "Blending")):
+        decoding = [case for case in machine.get(suite, {}).get("cases", []) if "skipped" not in case]
+        if decoding:
+            yield f"### {title}"
+            if suite in NOTES:
+                yield NOTES[suite]
+            for case in decoding:
+                yield _decoding(case)
     yield from _operators([case for case in measured if "contenders" not in case])
     if left := [*_left_out(cases)]:
         yield "### Not measured"

@@ -93,7 +93,7 @@ class _Call:
         elif sampler == "token_rs":
             assert self.draws is not None
             sample_token_rs(
-                self._scorer(ahead=[row.front for row in self.rows], all_references=True),
+                self._scorer(all_references=True),
                 self.transcript,
                 self.rule,
                 self.draws,

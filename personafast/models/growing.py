@@ -21,7 +21,7 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values [R, heads, k, D]; all of them, [R, heads, n + k, D]."""
-        if not self.is_initialized or self.keys.dim() != 4:
+        if not self.is_initialized or self.keys is None or self.values is None or self.keys.dim() != 4:
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys, self._key_buffer = _append(self.keys, getattr(self, "_key_buffer", None), key_states)
         self.values, self._value_buffer = _append(self.values, getattr(self, "_value_buffer", None), value_states)
