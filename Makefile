@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all sanitize bench lint types format clean
+.PHONY: help install demo examples test test-all sanitize bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ install: $(STAMP) ## Make .venv and install personafast into it, with everything
 
 demo: $(STAMP) ## Compare every method on the built-in model
 	$(PY) -m personafast demo $(ARGS)
+
+examples: $(STAMP) ## Run the seed paper's first three experiments; write docs/examples.md
+	mkdir -p benchmarks/results/examples build
+	for name in tone chunk_size reference_swap; do \
+	  $(PY) examples/$$name.py --json benchmarks/results/examples/$$name.json --plot build/$$name.png $(ARGS) || exit $$?; \
+	done
+	$(PY) examples/report.py
 
 test: $(STAMP) ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)

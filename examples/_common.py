@@ -32,6 +32,7 @@ from personafast.zoo.grammar import is_grammatical
 from personafast.zoo.traits import TRAITS
 
 MIN_P, TEMPERATURE, MAX_NEW_TOKENS = 0.05, 1.0, 64  # the same for every method
+BETWEEN = 3  # methods between two runs of `direct`
 GREEDY = 8  # questions of the check that comes before any timing
 INK, COLOURS = "#1f2933", ("#1c5fa8", "#c2452d", "#2e7d4f", "#8a5fb0", "#b8860b")
 
@@ -75,7 +76,8 @@ class Stage:
         """A record for each method: what its replies show, and what they cost beside the method called `direct`.
 
         First every exact method is checked, then all methods reply to all questions `repeats` times, in turns. The
-        replies are the same every time; only the clock differs.
+        replies are the same every time; only the clock differs. `direct` runs before every third method and at the end,
+        and a method's speed is compared with the two runs of it that are nearest: the machine's own speed drifts.
 
         Raises:
             RuntimeError: an exact method did not write what `direct` writes, or a repeat wrote something else.
@@ -91,18 +93,34 @@ class Stage:
             self._reply(handle, methods[0], batch)  # allocates and warms up
             first: dict[str, Any] = {}
             seconds: dict[str, list[float]] = {method.name: [] for method in methods}
+            anchors: dict[str, list[float]] = {method.name: [] for method in methods}
+
+            def timed(method: Method, repeat: int) -> float:
+                progress(f"{method.name}: {len(self.questions)} replies, {repeat + 1} of {repeats}")
+                began = time.perf_counter()
+                out = self._reply(handle, method, batch)
+                took = time.perf_counter() - began
+                if not torch.equal(first.setdefault(method.name, out).sequences, out.sequences):
+                    raise RuntimeError(f"{method.name}: the same seed gave other replies")
+                return took
+
+            direct = next(method for method in methods if method.name == "direct")
+            others = [method for method in methods if method is not direct]
             for repeat in range(repeats):
-                for method in methods:
-                    progress(f"{method.name}: {len(self.questions)} replies, {repeat + 1} of {repeats}")
-                    began = time.perf_counter()
-                    out = self._reply(handle, method, batch)
-                    seconds[method.name].append(time.perf_counter() - began)
-                    before = first.setdefault(method.name, out)
-                    if not torch.equal(before.sequences, out.sequences):
-                        raise RuntimeError(f"{method.name}: the same seed gave other replies")
-        start = batch["input_ids"].shape[1]
-        records = [self._record(method, first[method.name], start) for method in methods]
-        _add_timing(records, seconds)
+                before = timed(direct, repeat)
+                for start in range(0, len(others), BETWEEN):
+                    some = others[start : start + BETWEEN]
+                    for method in some:
+                        seconds[method.name].append(timed(method, repeat))
+                    after = timed(direct, repeat)
+                    for method in some:
+                        anchors[method.name].append((before + after) / 2)
+                    before = after
+                    seconds["direct"].append(after)
+        anchors["direct"] = seconds["direct"]
+        prompt = batch["input_ids"].shape[1]
+        records = [self._record(method, first[method.name], prompt) for method in methods]
+        _add_timing(records, seconds, anchors)
         return records
 
     def _reply(self, handle: Any, method: Method, batch: Mapping[str, torch.Tensor], sampling: bool = True) -> Any:
@@ -148,13 +166,15 @@ class Stage:
         }
 
 
-def _add_timing(records: Sequence[dict[str, Any]], seconds: Mapping[str, Sequence[float]]) -> None:
-    """Medians over the repeats; the ratio to `direct` is taken repeat by repeat, since the machine's speed drifts."""
+def _add_timing(
+    records: Sequence[dict[str, Any]], seconds: Mapping[str, Sequence[float]], anchors: Mapping[str, Sequence[float]]
+) -> None:
+    """Medians over the repeats, of tokens/s and of their ratios to those of `direct` about the same time."""
     tokens = {record["name"]: record["tokens"] for record in records}
     for record in records:
         name = record["name"]
         speeds = [tokens[name] / each for each in seconds[name]]
-        beside = [speed * each / tokens["direct"] for speed, each in zip(speeds, seconds["direct"], strict=True)]
+        beside = [speed * each / tokens["direct"] for speed, each in zip(speeds, anchors[name], strict=True)]
         record["timing"] = {
             "tokens_per_s": statistics.median(speeds),
             "relative_to_direct": statistics.median(beside),
@@ -179,14 +199,11 @@ def by_name(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
     return {record["name"]: record for record in records}
 
 
-# --- the command line ---
-
-
-def arguments(doc: str, *, name: str, replies: int, traits: Sequence[str]) -> argparse.ArgumentParser:
+def arguments(doc: str, *, name: str, replies: int, traits: Sequence[str], repeats: int = 3) -> argparse.ArgumentParser:
     """The options every experiment has."""
     parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
     parser.add_argument("--replies", type=int, default=replies, help=f"replies a method ({replies})")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats, of which medians are reported (3)")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"timed repeats, whose medians count ({repeats})")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same replies (0)")
     parser.add_argument("--traits", nargs="+", default=list(traits), metavar="TRAIT", help=" ".join(traits))
     parser.add_argument("--json", metavar="PATH", help="write the results there; - prints them and nothing else")
@@ -287,10 +304,8 @@ class Steps:
 
 def steps(methods: Sequence[Method], repeats: int) -> int:
     """How many steps `Stage.measure` takes."""
-    return sum(method.exact for method in methods) + repeats * len(methods)
-
-
-# --- what comes out ---
+    runs = len(methods) + -(-(len(methods) - 1) // BETWEEN)
+    return sum(method.exact for method in methods) + repeats * runs
 
 
 @dataclass(frozen=True)

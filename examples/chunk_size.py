@@ -1,12 +1,12 @@
 """How many tokens a chunk? What k costs and gains SCR, and what it does to the law that is sampled.
 
-The paper (arXiv 2511.01891) proposes k = 4 tokens a round; a longer chunk saves verification calls while it is accepted.
-Two things change with k: the target itself, since ratios are joined over a whole chunk, and the bias of an estimated
-bound and of salvaged prefixes.
+The paper (arXiv 2511.01891) proposes k = 4 tokens a round; a longer chunk saves verification calls where it is
+accepted. Two things change with k: the target itself, since ratios are joined over a whole chunk, and the bias of an
+estimated bound and of salvaged prefixes.
 
 Measured here for k in 1, 2, 4, 8, on the built-in zoo: scr as published (linear rule, W = 20, gamma = 1.2) and,
 beside it, block with a draft of k tokens from the merge, whose target (geometric rule, token by token) is the same for
-every k. Then on a toy of two tokens and four contexts, where every target can be enumerated, the total variation between
+every k. Then on a toy of two tokens and four contexts, where targets can be enumerated, the total variation between
 
 - the chunk-level target of k and the token-level one: what k changes by definition,
 - scr's texts and its own chunk-level target, from the start (warm-up 2) and once the window of 20 rounds is full,
@@ -106,9 +106,9 @@ def report(result: Mapping[str, Any]) -> c.Report:
         f"Both traits at once: scr {along(lambda k: c.percent(scr[k]['joint']['rate']))}, block "
         f"{along(lambda k: c.percent(block[k]['joint']['rate']))}.",
         "On the toy, where no trait is rare, scr at k = 1 is within "
-        f"{at['linear', 1]['scr_settled']:.3f} of its target (noise {at['linear', 1]['noise']:.3f}); at k = 8 it is off "
-        f"by {at['linear', 8]['scr_settled']:.2f} under the linear and {at['geometric', 8]['scr_settled']:.2f} under the "
-        "geometric rule even with a full window: salvaged prefixes, and a bound that is only an estimate.",
+        f"{at['linear', 1]['scr_settled']:.3f} of its target (noise {at['linear', 1]['noise']:.3f}); at k = 8 it is "
+        f"off by {at['linear', 8]['scr_settled']:.2f} under the linear rule and by "
+        f"{at['geometric', 8]['scr_settled']:.2f} under the geometric one, even with a full window: salvaged prefixes, and a bound that is only an estimate.",
         f"The target of k = 8 itself lies {at['linear', 8]['target_from_token_level']:.2f} (linear) and "
         f"{at['geometric', 8]['target_from_token_level']:.2f} (geometric) from the token-level one; block's does not "
         "depend on k.",

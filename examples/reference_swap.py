@@ -1,7 +1,7 @@
 """A specialised reference: what if a policy proposes in the reference's place?
 
-The paper (arXiv 2511.01891) also proposes from a specialised model instead of the plain reference, while the ratios stay
-those to the plain one. Proposals that show a trait already have less to be refused for; the paper reports that it pays.
+The paper (arXiv 2511.01891) also proposes from a specialised model instead of the plain reference, while the ratios
+stay those to the plain one. Proposals that show a trait already have less to be refused for; it reports that this pays.
 
 Measured here, on the built-in zoo: the base is the reference, one of the first two policies, or the merge of both; the
 traits the base does not bring are joined as ratios over the plain reference, by scr under the linear rule (as
@@ -100,7 +100,7 @@ def report(result: Mapping[str, Any]) -> c.Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment."""
-    parser = c.arguments(__doc__, name="reference_swap", replies=100, traits=("formal", "warm", "curious"))
+    parser = c.arguments(__doc__, name="reference_swap", replies=100, repeats=2, traits=("formal", "warm", "curious"))
     args = parser.parse_args(argv)
     c.check(args, at_least=3)
     rows = methods(args.traits)

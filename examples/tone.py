@@ -70,8 +70,8 @@ def report(result: Mapping[str, Any]) -> c.Report:
     findings = [
         "What does not blend: the linear rule, whose target is a mixture of the policies. Where one policy speaks a "
         f"whole reply, both traits show in {joint('linear carried')}. Policies that take turns, token by token or in "
-        f"chunks of 4, show both in {joint('linear')} and {joint('mixture')}, but what one begins the other need not go "
-        f"on with: grammar {grammar('linear')} and {grammar('mixture')}.",
+        f"chunks of 4, show both in {joint('linear')} and {joint('mixture')}, but what one begins the other need not "
+        f"go on with: grammar {grammar('linear')} and {grammar('mixture')}.",
         f"scr as published shows both in {joint('scr linear')}, its exact counterpart, mixture, in {joint('mixture')}. "
         "It proposes from the reference, which seldom shows a trait, and a bound estimated from 20 rounds seldom has "
         "seen one: all else is accepted too often. The geometric rule suffers from the same: "
