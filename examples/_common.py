@@ -108,6 +108,7 @@ class Stage:
             others = [method for method in methods if method is not direct]
             for repeat in range(repeats):
                 before = timed(direct, repeat)
+                seconds["direct"].append(before)
                 for start in range(0, len(others), BETWEEN):
                     some = others[start : start + BETWEEN]
                     for method in some:
@@ -267,8 +268,8 @@ def conditions(result: Mapping[str, Any]) -> str:
     s = result["settings"]
     return (
         f"{s['replies']} replies a method in one batch, temperature {s['temperature']:g}, min-p {s['min_p']:g}, "
-        f"weights {s['alpha']:g}, seed {s['seed']}; 95 % Wilson intervals; speed: tokens/s beside `direct`, median of "
-        f"{s['repeats']} repeats taken in turns."
+        f"weights {s['alpha']:g}, seed {s['seed']}; 95 % Wilson intervals; speed: tokens/s beside `direct`, median and "
+        f"range of {s['repeats']} repeats taken in turns."
     )
 
 
@@ -420,7 +421,11 @@ def forwards(record: Mapping[str, Any]) -> float:
 
 JOINT = Column("all [95 %]", lambda r: interval(r["joint"]))
 GRAMMAR = Column("grammar", lambda r: interval(r["grammar"]), lambda r: percent(r["grammar"]["rate"]))
-SPEED = Column("speed", lambda r: f"{speed(r):.2f}")
+SPEED = Column(
+    "speed",
+    lambda r: "{relative_to_direct:.2f} [{relative_low:.2f}, {relative_high:.2f}]".format(**r["timing"]),
+    lambda r: f"{speed(r):.2f}",
+)
 TOKENS_PER_S = Column("tokens/s", lambda r: f"{r['timing']['tokens_per_s']:,.0f}")
 FORWARDS = Column("forwards a token", lambda r: f"{forwards(r):.2f}")
 PER_ROUND = Column("tokens a round", lambda r: f"{r['tokens_per_round']:.2f}")

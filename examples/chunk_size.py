@@ -108,7 +108,8 @@ def report(result: Mapping[str, Any]) -> c.Report:
         "On the toy, where no trait is rare, scr at k = 1 is within "
         f"{at['linear', 1]['scr_settled']:.3f} of its target (noise {at['linear', 1]['noise']:.3f}); at k = 8 it is "
         f"off by {at['linear', 8]['scr_settled']:.2f} under the linear rule and by "
-        f"{at['geometric', 8]['scr_settled']:.2f} under the geometric one, even with a full window: salvaged prefixes, and a bound that is only an estimate.",
+        f"{at['geometric', 8]['scr_settled']:.2f} under the geometric one, even with a full window: salvaged "
+        "prefixes, and a bound that is only an estimate.",
         f"The target of k = 8 itself lies {at['linear', 8]['target_from_token_level']:.2f} (linear) and "
         f"{at['geometric', 8]['target_from_token_level']:.2f} (geometric) from the token-level one; block's does not "
         "depend on k.",

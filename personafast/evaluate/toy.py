@@ -87,7 +87,7 @@ class Toy:
         seed: int,
         batch: int = 50_000,
     ) -> tuple[torch.Tensor, list[GenerationStats]]:
-        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and each batch's statistics.
+        """Shares of what a sampler wrote after its first `start` tokens, as in `chunk_law`, and statistics by batch.
 
         Args:
             run: writes one batch of texts.
