@@ -298,7 +298,8 @@ class Cast:
                         "sampler: 'merge' cannot add LoRA policies to separate models; use policies of one kind"
                     )
                 continue
-            (of_models if self.separate(persona) else needed).append(self._merge_key(persona))
+            key = self._merge_key(persona)
+            (of_models if self._of_models(key) else needed).append(key)
         of_models = list(dict.fromkeys(of_models))
         # A draft may be any model: rows beyond the merges that are kept have the reference's.
         self._merge_models(of_models if strict else of_models[:_MERGED_MODELS])
@@ -313,6 +314,10 @@ class Cast:
     def _merge_key(self, persona: Persona) -> Key:
         weights = persona.policies.items()
         return tuple(sorted((name, weight) for name, weight in weights if weight and not self._is_prompt(name)))
+
+    def _of_models(self, key: Key) -> bool:
+        # Not `separate`: a base may be a model of its own beside LoRA policies, and takes no part in a merge.
+        return any(self._is_model(name) for name, _ in key)
 
     def _merge_models(self, keys: Sequence[Key]) -> None:
         """See that these merges of separate models, made of the weights that those have now, are at hand."""
@@ -335,7 +340,7 @@ class Cast:
         mask, key = self._mask_slot(persona), self._merge_key(persona)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
-        if self.separate(persona):
+        if self._of_models(key):
             return None
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")
 

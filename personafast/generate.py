@@ -143,9 +143,7 @@ class _Call:
                     "sampler: 'scr' needs policies or prompts in every row; use 'direct' for mixed batches"
                 )
             scorer = self._scorer(ahead=[row.front for row in self.rows], all_references=True)
-            sample_scr(
-                scorer, self.transcript, self.rule, self.draws, self.options.scr, want_log_z=self.want_log_z
-            )
+            sample_scr(scorer, self.transcript, self.rule, self.draws, self.options.scr, want_log_z=self.want_log_z)
             return
         # A row without policies is a mixture of one: its reference.
         policies = [row.policies or [row.reference] for row in self.rows]
@@ -336,10 +334,12 @@ def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
     return temperature
 
 
-def other_warper(processors: Sequence[Any]) -> str | None:
-    """The name of a processor that cannot act on a chunk-level target, if there is one."""
-    others = (p for p in processors if not isinstance(p, (TemperatureLogitsWarper, MinPLogitsWarper)))
-    return next((type(p).__name__ for p in others), None)
+def warper_of_targets(processors: Sequence[Any]) -> str | None:
+    """The name of a processor that acts on the target, if there is one.
+
+    A mixture cannot take it, or, as the temperature, takes it policy by policy, which is another target.
+    """
+    return next((type(p).__name__ for p in processors if not isinstance(p, MinPLogitsWarper)), None)
 
 
 def _as_mixture(rule: Rule) -> Rule:
