@@ -305,7 +305,8 @@ class Cast:
                         "sampler: 'merge' cannot add LoRA policies to separate models; use policies of one kind"
                     )
                 continue
-            (of_models if self.separate(persona) else needed).append(self._merge_key(persona, scale))
+            key = self._merge_key(persona, scale)
+            (of_models if self._of_models(dict(key)) else needed).append(key)
         of_models = list(dict.fromkeys(of_models))
         # A draft may be any model: rows beyond the merges that are kept have the reference's.
         self._merge_models(of_models if strict else of_models[:_MERGED_MODELS])
@@ -318,8 +319,16 @@ class Cast:
         self._fill_adapters()
 
     def _merge_key(self, persona: Persona, scale: float) -> Key:
-        weights = persona.policies.items()
-        return tuple(sorted((name, scale * weight) for name, weight in weights if weight and not self._is_prompt(name)))
+        weights = {name: weight for name, weight in persona.policies.items() if weight and not self._is_prompt(name)}
+        base = persona.base
+        if base is not None and not self._is_prompt(base) and self._is_model(base) == self._of_models(weights):
+            # What stands in front of the ratios is one more update at full weight, if it is of the same kind.
+            weights[base] = weights.get(base, 0.0) + 1.0
+        return tuple(sorted((name, scale * weight) for name, weight in weights.items()))
+
+    def _of_models(self, names: Iterable[str]) -> bool:
+        # Not `separate`: a base may be a model of its own beside LoRA policies.
+        return any(self._is_model(name) for name in names)
 
     def _merge_models(self, keys: Sequence[Key]) -> None:
         """See that these merges of separate models, made of the weights that those have now, are at hand."""
@@ -342,7 +351,7 @@ class Cast:
         mask, key = self._mask_slot(persona), self._merge_key(persona, scale)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
-        if self.separate(persona):
+        if self._of_models(key):
             return None
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")
 

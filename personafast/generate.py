@@ -335,10 +335,12 @@ def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
     return temperature
 
 
-def other_warper(processors: Sequence[Any]) -> str | None:
-    """The name of a processor that cannot act on a chunk-level target, if there is one."""
-    others = (p for p in processors if not isinstance(p, (TemperatureLogitsWarper, MinPLogitsWarper)))
-    return next((type(p).__name__ for p in others), None)
+def warper_of_targets(processors: Sequence[Any]) -> str | None:
+    """The name of a processor that acts on the target, if there is one.
+
+    A mixture cannot take it, or, as the temperature, takes it policy by policy, which is another target.
+    """
+    return next((type(p).__name__ for p in processors if not isinstance(p, MinPLogitsWarper)), None)
 
 
 def _as_mixture(rule: Rule) -> Rule:

@@ -237,7 +237,8 @@ class PersonaHandle:
                 - "verify", "block": a draft of `chunk` tokens is scored at once, and as much of it stands as keeps the
                   text exact, token by token (arXiv 2211.17192) or as a block (arXiv 2403.10444), which keeps more.
                 - "mixture": the linear rule. One policy, drawn by the weights, writes `chunk` tokens, or with `carry`
-                  the whole text; exact for that chunk-level target. min_p acts on the policy that speaks.
+                  the whole text; exact for that chunk-level target. min_p and the temperature act on the policy that
+                  speaks.
                 - "token_rs": exact rejection sampling token by token, the baseline of arXiv 2511.01891.
                 - "scr": that paper's chunks, approximate: the bound is estimated (`scr_options`).
                 - "merge": the policies' weight updates added into one model, the baseline without ratios.
@@ -317,7 +318,7 @@ class PersonaHandle:
         given = [persona for persona in personas if persona is not None and persona.has_ratios]
         mergeable = bool(given) and all(self.cast.mergeable(persona) for persona in given)
         if options.sampler == "auto":
-            from personafast.generate import other_warper
+            from personafast.generate import warper_of_targets
 
             call = Call(
                 rows=len(personas),
@@ -326,7 +327,7 @@ class PersonaHandle:
                 separate=any(self.cast.separate(persona) for persona in given),
                 mixture=all(_is_mixture(persona) for persona in given),
                 sampling=bool(config.do_sample),
-                other_warpers=other_warper(processors),
+                other_warpers=warper_of_targets(processors),
                 mergeable=mergeable,
             )
             choice = choose(call)

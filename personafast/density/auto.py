@@ -19,7 +19,7 @@ class Call:
         separate: whether some policy is a model of its own.
         mixture: whether every row is a mixture: the linear rule, no negative weight, no base.
         sampling: False for greedy decoding.
-        other_warpers: name of a processor that is not a temperature, or None.
+        other_warpers: name of a processor that acts on the target, a temperature among them, or None.
         mergeable: whether every row's policies can be added into one set of weights.
     """
 

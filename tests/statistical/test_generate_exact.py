@@ -135,13 +135,13 @@ DRAWN_BY = [
     ("auto", {}),
 ]
 SETTINGS_OF = [{}, {"min_p": 0.05}, {"temperature": 0.8, "min_p": 0.05}, {"policy_temperature": 0.7}, {"eos": 3}]
-# Every rule and kind meets every sampler; the settings take turns.
+# A seventh of all combinations: each rule meets each sampler in some kind, and the settings take turns.
 MORE = [
     case(kind, name, sampler, **more, **settings)
     for (kind, (sampler, more), name), settings in zip(
-        itertools.product(exact.KINDS, DRAWN_BY, PERSONAS), itertools.cycle(SETTINGS_OF), strict=False
+        [*itertools.product(exact.KINDS, DRAWN_BY, PERSONAS)][::7], itertools.cycle(SETTINGS_OF), strict=False
     )
-    if not (more.get("draft") == "merge" and kind == "prompts") and not (sampler == "auto" and name == "linear")
+    if not (sampler == "auto" and name == "linear")
 ]
 
 
