@@ -351,7 +351,7 @@ class Cast:
         mask, key = self._mask_slot(persona), self._merge_key(persona, scale)
         if key in self._merged_models:
             return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
-        if self._of_models(key):
+        if self._of_models(dict(key)):
             return None
         return Member(prompt, vector, mask, self._merged[key], None, "the merge")
 
