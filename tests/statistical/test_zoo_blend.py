@@ -1,11 +1,16 @@
 """The main job on the built-in model: four traits at once, through the public API."""
 
+import copy
+
 import pytest
 import torch
 
 import personafast as pf
 from personafast import ops, zoo
+from personafast.evaluate.chat import encode
 from personafast.evaluate.demo import measure
+from personafast.evaluate.intervals import newcombe_difference
+from personafast.models.anatomy import anatomy
 from personafast.zoo.grammar import is_grammatical
 from personafast.zoo.traits import TRAITS
 
@@ -37,6 +42,60 @@ def test_direct_shows_all_four_traits_in_grammatical_replies(result):
 def test_direct_is_fifteen_points_above_the_merge_at_the_lower_end(result):
     _, settings = result
     assert settings["direct_minus_merge"]["low"] >= 0.15
+
+
+def replies(parts, sampler, kind, count=400, seed=11, **options):
+    """How many replies of a sampler show all four traits, at the settings of the demo."""
+    model, tokenizer, library = parts
+    personas = pf.Persona(policies=dict.fromkeys(zoo.DEMO_TRAITS, 1.0))
+    given = {"library": library} if kind == "lora" else {"policies": separate(model, library)}
+    batch = encode(tokenizer, zoo.prompts(count, 11))
+    with pf.attach(model, tokenizer=tokenizer, **given) as handle:
+        out = model.generate(
+            **batch,
+            custom_generate=handle.generate,
+            personas=personas,
+            sampler=sampler,
+            seed=seed,
+            do_sample=True,
+            top_k=0,
+            min_p=0.05,
+            max_new_tokens=64,
+            **options,
+        )
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(all(TRAITS[name].detect(text.strip()) for name in zoo.DEMO_TRAITS) for text in texts)
+
+
+def separate(model, library):
+    """The policies as models of their own, each adapter added to a copy of the weights."""
+    models = {}
+    for name in zoo.DEMO_TRAITS:
+        models[name] = copy.deepcopy(model)
+        linears = anatomy(models[name]).linears
+        with torch.no_grad():
+            for path, factors in library.policies[name].factors.items():
+                linears[path].weight += factors.scale * factors.b.float() @ factors.a.float()
+    return pf.PolicySet.from_models(model, models)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [
+        ("verify", "separate"),
+        ("block", "separate"),
+        ("block", "lora"),
+        pytest.param("verify", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_verified_drafts_blend_as_direct_does_and_beat_the_merge(parts, result, sampler, kind):
+    methods, _ = result
+    n = 400
+    direct, merge = (round(n * methods[name]["joint"]["rate"]) for name in ("direct", "merge"))
+    found = replies(parts, sampler, kind, n)
+    against_direct = newcombe_difference(found, n, direct, n)
+    assert against_direct.low <= 0 <= against_direct.high
+    assert newcombe_difference(found, n, merge, n).low >= 0.15
 
 
 def test_mixtures_do_not_blend(result):
