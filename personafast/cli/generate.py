@@ -16,7 +16,9 @@ from personafast.errors import PersonafastError
 if TYPE_CHECKING:
     from personafast.persona import Persona
 
-SAMPLERS = ("direct", "scr", "merge")
+SAMPLERS = ("direct", "verify", "block", "mixture", "token_rs", "scr", "merge", "auto")
+# What a name on the command line can mean; a model or a Drafter takes Python.
+DRAFTS = ("auto", "reference", "merge", "ngram")
 
 EXAMPLE = """\
 **Two personas, no training, any instruct model:**
@@ -54,15 +56,35 @@ def generate(
         typer.Option(metavar="TEXT=WEIGHT", help="Weigh in the model under this system prompt; repeat to blend."),
     ] = None,
     aggregator: Annotated[
-        str, typer.Option(help="`geometric` blends; `linear` is a mixture that speaks as one persona at a time.")
+        str,
+        typer.Option(
+            help="`geometric` blends; `linear` is a mixture that speaks as one persona at a time; `harmonic`, `power`, "
+            "`jensen_shannon`, `min`, `max` lie between and beyond."
+        ),
     ] = "geometric",
+    power: Annotated[float, typer.Option(help="Exponent of `--aggregator power`.")] = 1.0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A policy that takes the reference's place in front of the ratios."),
+    ] = None,
     sampler: Annotated[
         str,
         typer.Option(
-            help="`direct`: exact, token by token. `scr`: chunks, as published, approximate. "
-            "`merge`: policies merged into one set of weights, the cheap baseline."
+            help="`direct`: exact, token by token. `verify`, `block`: exact, from drafts that are scored at once. "
+            "`mixture`: the linear rule, one policy a chunk. `token_rs`: exact rejection. `scr`: chunks, as published, "
+            "approximate. `merge`: policies merged into one set of weights, the cheap baseline. `auto` chooses."
         ),
     ] = "direct",
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens drafted, spoken or proposed at once; by default the sampler's own."),
+    ] = None,
+    draft: Annotated[
+        str, typer.Option(help="What `verify` and `block` draft with: `auto`, `reference`, `merge` or `ngram`.")
+    ] = "auto",
+    carry: Annotated[
+        bool, typer.Option("--carry", help="Weigh policies by their ratios over the whole text so far.")
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System prompt of the conversation itself.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Divides the logits of the blended target.")] = 1.0,
@@ -97,6 +119,8 @@ def generate(
         raise PersonafastError("--temperature 0: draws nothing; use --greedy for the likeliest token")
     if sampler not in SAMPLERS:
         raise PersonafastError(f"--sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    if draft not in DRAFTS:
+        raise PersonafastError(f"--draft {draft!r}: choose one of {', '.join(DRAFTS)}")
     for text in stop or []:
         if not text:
             raise PersonafastError("--stop '': the text is empty; give the text that ends a reply")
@@ -108,7 +132,7 @@ def generate(
         "policies": assignments("--policy", policy or []),
         "prompts": assignments("--prompt-persona", prompt_persona or []),
     }
-    persona = Persona(**parts, aggregator=aggregator)  # type: ignore[arg-type]
+    persona = Persona(**parts, aggregator=aggregator, p=power, base=base)  # type: ignore[arg-type]
     if system is not None and any(persona.prompts.values()):
         raise PersonafastError(
             "--system: a --prompt-persona writes the system message itself; leave --system out, "
@@ -117,8 +141,11 @@ def generate(
     settings = {
         "model": model,
         "library": None if library is None else str(library),
-        "persona": {**parts, "aggregator": aggregator},
+        "persona": {**parts, "aggregator": aggregator, "p": power, "base": base},
         "sampler": sampler,
+        "chunk": chunk,
+        "draft": draft,
+        "carry": carry,
         "system": system,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -144,13 +171,16 @@ def generate(
     network, tokenizer, own = load_model(model, dtype, device)
     sampling = {
         "sampler": sampler,
+        "chunk": chunk,
+        "draft": draft,
+        "carry": carry,
         "max_new_tokens": max_new_tokens,
         "do_sample": not greedy,
         "min_p": min_p,
         "top_k": 0,
         **({} if greedy else {"temperature": temperature}),
     }
-    speaker = persona if any(parts.values()) else None
+    speaker = persona if any(parts.values()) or base is not None else None
     with attach(network, named or own, tokenizer=tokenizer) as personas, progress_bar() as bar:
         task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(todo), visible=not streaming)
         for first in range(0, len(todo), batch_size):
@@ -221,6 +251,9 @@ def _answer(
     stats = {
         "tokens_per_s": out.stats.tokens / seconds,
         "forwards_per_token": out.stats.forwards_per_token,
+        "tokens_per_round": out.stats.tokens_per_round,
+        "acceptance": out.stats.acceptance,
+        "notes": out.stats.notes,
     }
     return [
         {"prompt": prompt, "reply": reply.strip(), "settings": settings, "stats": stats}

@@ -261,3 +261,7 @@ def test_values_out_of_range(refused, arguments, culprit):
 @pytest.mark.parametrize("arguments", [["generate", "--no-such-option"], ["nothing"], ["zoo", "nothing"]])
 def test_usage_errors_exit_with_2_too(cli, arguments):
     assert cli(*arguments).exit_code == 2
+
+
+def test_an_unknown_draft(refused):
+    assert "--draft 'mergee': choose one of" in refused("generate", "--prompt", "x", "--draft", "mergee")

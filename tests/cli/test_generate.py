@@ -276,6 +276,23 @@ def test_a_prompt_persona_may_hold_an_equals_sign():
 
 
 def test_every_sampler_of_the_engine_is_offered():
-    from personafast.generate import SAMPLERS
+    from personafast.options import DRAFTS, SAMPLERS
 
-    assert command.SAMPLERS == SAMPLERS
+    assert command.SAMPLERS == SAMPLERS and command.DRAFTS == DRAFTS
+
+
+def test_rules_and_samplers_reach_the_engine(ask):
+    policies = ["--policy", "formal=1", "--policy", "warm=1", "--prompt", QUESTIONS[0], "--seed", "3"]
+    answers = {
+        name: json.loads(ask(*policies, *more, "--json"))
+        for name, more in {
+            "direct": (),
+            "block": ("--sampler", "block", "--chunk", "4"),
+            "auto": ("--sampler", "auto"),
+            "power": ("--aggregator", "power", "--power", "-2"),
+            "base": ("--base", "formal"),
+        }.items()
+    }
+    assert answers["block"]["stats"]["tokens_per_round"] > 1 == answers["direct"]["stats"]["tokens_per_round"]
+    assert answers["auto"]["stats"]["notes"][0].startswith("auto: direct")
+    assert len({answer["reply"] for answer in answers.values()}) > 2
