@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.table import Certain, Tables, TableScorer, draws, rule
 
-from personafast.density.draft import Draft, ModelDrafter, NgramDrafter
+from personafast.density.draft import Draft, ModelDrafter, NgramDrafter, lengths_in_row
 from personafast.density.draws import Stream
 from personafast.density.transcript import Transcript
 from personafast.density.verify import sample_verify
@@ -86,6 +86,16 @@ def test_what_lies_beyond_a_row_is_not_looked_at():
     law[:, 1] = torch.nan
     lengths = torch.ones(ROWS, dtype=torch.int32)
     given(tokens=torch.tensor([[0, 99], [1, -5], [2, 3]]), logp=law, lengths=lengths).check_values()
+
+
+def test_a_draft_ends_behind_an_eos_and_one_token_before_the_row():
+    transcript = Transcript(torch.zeros(4, 1, dtype=torch.long), 4, (3,))
+    transcript.append(torch.tensor([[0], [0], [3], [0]]), torch.tensor([1, 1, 1, 0]))
+    tokens = torch.tensor([[0, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [3, 3, 0, 0]])
+    draft = Draft(tokens, None, torch.tensor([4, 4, 4, 1], dtype=torch.int32), deterministic=True)
+    found = lengths_in_row(transcript, draft, 4)
+    assert found.tolist() == [2, 2, 0, 1] and found.dtype == torch.int32
+    assert lengths_in_row(transcript, draft, 1).tolist() == [1, 1, 0, 1]
 
 
 def drafted(prompts, new, chunk, longest=3, limit=20):

@@ -182,6 +182,34 @@ def test_an_exception_of_the_caller_comes_through(block):
         )
 
 
+def test_a_policy_speaks_up_to_where_its_row_ends():
+    scorer, found = Watched(TABLES, ROWS), transcript((2,))
+    asked = []
+    speak = scorer.speak
+    scorer.speak = lambda member, draft: (asked.append(draft.shape[1]), speak(member, draft))[1]
+    sample_mixture(scorer, found, rule(ROWS, [0.6, 0.4], "linear"), draws(ROWS, 3), chunk=4)
+    texts = [[token for token in text if token >= 0] for text in found.sequences(-1)[:, 1:].tolist()]
+    assert scorer.texts == texts and any(len(text) % 4 for text in texts)
+    assert max(asked) == 3
+    # One row alone, whose second token ends it: nobody is asked for a third.
+    row = next(i for i, text in enumerate(texts) if len(text) == 2)
+    alone, asked[:] = Transcript(PROMPT[:1], TABLES.length, (2,)), []
+    scorer = Watched(TABLES, 1)
+    speak, scorer.speak = scorer.speak, lambda member, draft: (asked.append(draft.shape[1]), speak(member, draft))[1]
+    u = draws(ROWS, 3)
+    u.keep(torch.tensor([row]))
+    sample_mixture(scorer, alone, rule(1, [0.6, 0.4], "linear"), u, chunk=4)
+    assert scorer.texts == [texts[row]] and asked == [0, 1]
+
+
+def test_proposals_come_from_what_stands_for_the_reference():
+    """A policy as base and no ratios: the target is what proposes, and all proposals stand."""
+    of_rows, found = rule(ROWS, [0.0, 0.0], "geometric"), transcript()
+    of_rows.base = torch.ones(ROWS, dtype=torch.long)
+    sample_token_rs(TableScorer(TABLES, ROWS), found, of_rows, draws(ROWS, 1))
+    assert found.stats.acceptance == 1
+
+
 def faulty(**changes):
     of_rows = rule(ROWS, [0.6, 0.4], "linear")
     for name, value in changes.items():
@@ -277,10 +305,16 @@ def test_log_z_is_what_the_targets_sum_to(sampler, weights, aggregator, min_p, t
         assert float(found.stats.log_z[row]) == pytest.approx(wanted, abs=2e-5)
 
 
+def log_sum(ratios, weights):
+    return (weights.log().view(-1, *[1] * (ratios.dim() - 1)) + ratios).logsumexp(0)
+
+
 @pytest.mark.parametrize("sampler", ["direct", "verify", "token_rs", "scr"])
 def test_log_z_of_a_row_that_is_its_reference_is_zero(sampler):
     of_rows = rule(ROWS, [0.5, 0.2], "geometric")
     of_rows.weights[::2] = 0
+    if sampler != "scr":  # What a function makes of no ratios at all does not matter.
+        of_rows.custom = [log_sum] * ROWS
     scorer, found, u = TableScorer(TABLES, ROWS), transcript((2,)), draws(ROWS, 4)
     if sampler == "direct":
         sample_direct(scorer, found, of_rows, u, want_log_z=True)
