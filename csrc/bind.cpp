@@ -5,6 +5,7 @@
 
 #include "personafast/add_inject_rms_norm.h"
 #include "personafast/aggregate_logits.h"
+#include "personafast/attend.h"
 #include "personafast/chunk_scores.h"
 #include "personafast/elementary.h"
 #include "personafast/inject.h"
@@ -50,6 +51,44 @@ int64_t aggregate_logits(uintptr_t out, uintptr_t ref, int64_t ref_stride, uintp
                                     static_cast<Dtype>(dtype)};
   py::gil_scoped_release released;
   return aggregate_logits_cpu(args, threads);
+}
+
+void attend(uintptr_t out, int64_t out_stride_b, int64_t out_stride_h, int64_t out_stride_q, uintptr_t query,
+            int64_t query_stride_b, int64_t query_stride_h, int64_t query_stride_q, uintptr_t key, int64_t key_stride_b,
+            int64_t key_stride_h, int64_t key_stride_n, uintptr_t value, int64_t value_stride_b, int64_t value_stride_h,
+            int64_t value_stride_n, uintptr_t mask, int64_t mask_stride_b, int64_t mask_stride_q, bool mask_adds,
+            float scale, int64_t batch, int64_t key_heads, int64_t groups, int64_t queries, int64_t keys, int64_t width,
+            int dtype, int threads) {
+  const AttendArgs args = {at<void>(out),
+                           out_stride_b,
+                           out_stride_h,
+                           out_stride_q,
+                           at<const void>(query),
+                           query_stride_b,
+                           query_stride_h,
+                           query_stride_q,
+                           at<const void>(key),
+                           key_stride_b,
+                           key_stride_h,
+                           key_stride_n,
+                           at<const void>(value),
+                           value_stride_b,
+                           value_stride_h,
+                           value_stride_n,
+                           at<const void>(mask),
+                           mask_stride_b,
+                           mask_stride_q,
+                           mask_adds,
+                           scale,
+                           batch,
+                           key_heads,
+                           groups,
+                           queries,
+                           keys,
+                           width,
+                           static_cast<Dtype>(dtype)};
+  py::gil_scoped_release released;
+  attend_cpu(args, threads);
 }
 
 void chunk_accept(uintptr_t out, uintptr_t scores, uintptr_t log_bound, uintptr_t log_u, uintptr_t lengths,
@@ -323,6 +362,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");
+  module.def("attend", &attend, "personafast/attend.h");
   module.def("chunk_accept", &chunk_accept, "personafast/chunk_scores.h");
   module.def("chunk_scores", &chunk_scores, "personafast/chunk_scores.h");
   module.def("exp", &exp_each, "personafast/elementary.h");

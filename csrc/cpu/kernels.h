@@ -4,6 +4,7 @@
 
 #include "personafast/add_inject_rms_norm.h"
 #include "personafast/aggregator.h"
+#include "personafast/attend.h"
 #include "personafast/dtype.h"
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
@@ -14,6 +15,31 @@
 #include "personafast/token_logprobs.h"
 
 namespace personafast {
+
+// Keys that are attended to together, and the columns that rows of sums are padded to.
+constexpr int64_t kAttendKeys = 128;
+constexpr int64_t kAttendColumns = 32;
+
+// Rows of queries that see the same keys, a block of these, and what the rows have of the blocks before: the softmax
+// over all keys is built up block by block (arXiv 1805.02867).
+struct AttendBlock {
+  const void* const* queries;  // [rows]
+  const void* const* masks;    // [rows], at the first of all keys; null pointers without a mask
+  void* const* out;            // [rows], written with the last block
+  int64_t rows;
+  const void* key;    // the first of the block
+  const void* value;  // likewise
+  const void* next;   // keys that are wanted after this block, or null
+  int64_t first;      // the place of the block among all keys
+  int64_t count;      // at most kAttendKeys
+  bool last;
+  float* scores;   // [rows, kAttendKeys], then the weights
+  float* sums;     // [rows, padded]: of the weighted values
+  int64_t padded;  // width, up to a multiple of kAttendColumns
+  float* most;     // [rows]: the greatest score
+  float* total;    // [rows]: the sum of exp(score - most)
+  float* keep;     // [rows]: what sums and totals so far are multiplied by, as most has grown
+};
 
 // How the members of a blend of logits are joined. With x_i = logits_i - shift_i, and y_i = weight_i + x_i:
 enum class LogitsRule : int {

@@ -1,17 +1,13 @@
-"""Grouped-query attention for few new tokens on a CPU, through transformers' `AttentionInterface`.
-
-Queries that share a key head become queries of that head: [B, G K, q, D] over [B, K, n, D] is [B, K, G q, D] over the
-same keys. Nothing is repeated, and torch's kernel, whose cost on a CPU is by head, runs over G times fewer of them.
-"""
+"""Attention of few new tokens on a CPU by `ops.attend`, through transformers' `AttentionInterface`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from personafast import ops
 from personafast.ops import _backend
 from personafast.ops._library import wants_gradient
 
@@ -25,7 +21,7 @@ def patch_attention(model: nn.Module) -> bool:
     """Let a model that uses transformers' sdpa attend through `attend`; whether it does. Only layers marked here do."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layers = [part for part in model.modules() if getattr(part, "num_key_value_groups", 1) > 1]
+    layers = [part for part in model.modules() if hasattr(part, "num_key_value_groups")]
     if getattr(text, "_attn_implementation", None) != "sdpa" or not layers:
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -66,12 +62,12 @@ def attend(
         module: the attention layer.
         query: [B, G K, q, D].
         key: [B, K, n, D], n > q.
-        value: as the keys.
+        value: likewise.
         attention_mask: bool or additive, [B or 1, 1, q, n]; None only with q = 1, where nothing is masked.
-        dropout: as transformers gives it, like all that follows.
-        scaling: factor of Q K^T.
-        is_causal: for transformers' own.
-        **kwargs: for transformers' own.
+        dropout: as transformers gives it, and so are the rest.
+        scaling: likewise.
+        is_causal: likewise.
+        **kwargs: likewise.
 
     Returns:
         [B, q, G K, D], and None for the attention weights.
@@ -82,14 +78,7 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    batch, heads, new, width = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], groups * new, width)
-    mask = attention_mask
-    if mask is not None and new > 1:
-        mask = mask.expand(-1, groups, -1, -1).reshape(mask.shape[0], 1, groups * new, mask.shape[3])
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, new, width).transpose(1, 2).contiguous(), None
+    return ops.attend(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def _serves(
@@ -104,7 +93,6 @@ def _serves(
     return (
         query.is_cpu
         and _MARK in module.__dict__
-        and key.shape[1] < query.shape[1]
         # Without a mask only the last token alone sees every column.
         and new < columns
         and (new == 1 if mask is None else mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == new)

@@ -7,6 +7,7 @@ from personafast.ops import philox
 from personafast.ops._add_inject_rms_norm import add_inject_rms_norm
 from personafast.ops._aggregate_logits import aggregate_logits
 from personafast.ops._aggregator import Aggregator
+from personafast.ops._attend import attend
 from personafast.ops._backend import BACKENDS, available, chosen, use_backend
 from personafast.ops._chunk_accept import chunk_accept
 from personafast.ops._chunk_scores import chunk_scores
@@ -27,6 +28,7 @@ __all__ = [
     "SteerMode",
     "add_inject_rms_norm",
     "aggregate_logits",
+    "attend",
     "available",
     "chosen",
     "chunk_accept",
