@@ -169,7 +169,7 @@ def generate(
     from personafast.density.draws import row_seed
 
     network, tokenizer, own = load_model(model, dtype, device)
-    sampling = {
+    sampling: dict[str, Any] = {
         "sampler": sampler,
         "chunk": chunk,
         "draft": draft,
