@@ -232,6 +232,50 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> st
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
+def reads_table(results: Mapping[str, Any]) -> str:
+    """Weight reads a token of every sampler, by kind of policies and weight, beside what the design expects."""
+    settings = results["settings"]
+    kinds = (("separate", "separate models"), ("lora", "LoRA policies on one base"))
+    known = {(r["policies"], r["alpha"], r["method"]): r for r in results["records"]}
+    alphas = sorted({record["alpha"] for record in results["records"]})
+    head = ["weight reads a token (expected)"]
+    head += [f"{label}, alpha = {alpha:g}" for _, label in kinds for alpha in alphas]
+    head += ["tokens a round, separate, alpha = 1", "all traits", "grammar"]
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in results["records"]):
+        row = [method]
+        for kind, _ in kinds:
+            for alpha in alphas:
+                record = known[kind, alpha, method]
+                expected = f" ({record['expected']:g})" if record["expected"] is not None else ""
+                goal = record["goal"]
+                mark = "" if goal is None else f", goal {goal:g} {_met(record['reads_per_token'] <= goal)}"
+                row.append(f"{record['reads_per_token']:.2f}{expected}{mark}")
+        full = known["separate", 1.0, method]
+        row += [
+            f"{full['tokens_per_round']:.2f}",
+            f"{100 * full['joint']['rate']:.0f} %",
+            f"{100 * full['grammar']:.0f} %",
+        ]
+        rows.append(row)
+    about = (
+        f"{settings['replies']} replies of the zoo a method, one row at a time, {len(settings['traits'])} policies, drafts "
+        f"and chunks of {settings['chunk']}, min-p {settings['min_p']:g}, temperature 1; a read is one call of a model. In "
+        "brackets what the design expects of another toy (a LoRA policy's own factors counted there, not here). "
+        "`python -m benchmarks.reads`."
+    )
+    return _table(head, rows, "l" + "r" * (len(head) - 1)) + "\n\n" + about
+
+
+def write_reads(results: Path, page: Path) -> None:
+    """Put the table of reads between its marks on the page."""
+    text = page.read_text()
+    before, rest = text.split("<!-- reads:begin -->")
+    _, after = rest.split("<!-- reads:end -->")
+    table = reads_table(read_json(results))
+    write_text(page, f"{before}<!-- reads:begin -->\n\n{table}\n\n<!-- reads:end -->{after}")
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -243,6 +287,8 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.figure import draw
 
         draw(machine, options.page.with_name(f"performance-{machine['name']}.png"))
+    if (options.results / "reads.json").exists() and options.page == PAGE:
+        write_reads(options.results / "reads.json", ROOT / "docs" / "density.md")
     print(f"written: {options.page}")
     return 0
 
