@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import Anatomy
 from personafast.models.compressed import home
+from personafast.ops._lora_delta import BoundDelta
 
 
 class VectorBank:
@@ -66,6 +68,11 @@ class AdapterBank:
     b: torch.Tensor
     scale: torch.Tensor
     ranks: torch.Tensor
+
+    @cached_property
+    def delta(self) -> BoundDelta:
+        """What adds the updates of these adapters to the linear's output."""
+        return BoundDelta(self.a, self.b, self.scale, self.ranks)
 
     @classmethod
     def stack(

@@ -297,6 +297,4 @@ class Patch:
         if rows is None or bank is None:
             return out
         slots = rows.over(*self._rows_and_tokens(x), x.device)
-        flat = out.reshape(-1, out.shape[-1])
-        ops.lora_delta_(flat, x.reshape(-1, x.shape[-1]), bank.a, bank.b, slots, bank.scale, bank.ranks)
-        return flat.view(out.shape)
+        return bank.delta.add_(out, x, slots)

@@ -7,6 +7,7 @@ import torch
 from personafast.ops import _backend
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
+    PLAIN,
     check_devices,
     check_dims,
     check_dtype,
@@ -18,6 +19,8 @@ from personafast.ops._library import (
     check_slots,
     fail,
     register,
+    wants_gradient,
+    watched,
 )
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -194,6 +197,72 @@ def _cpp(
     )
     if wrong >= 0:
         check_slot_range("lora_delta_", "slots", slots, adapters)
+
+
+class BoundDelta:
+    """`lora_delta_` with factors that stay: what is known of them is checked once, and no dispatcher is passed through.
+
+    At one token a row that is half of the call. It is a helper of the models, which have checked the shapes that their
+    linears give.
+    """
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: torch.Tensor, ranks: torch.Tensor) -> None:
+        self._factors = (A, B, scale, ranks)
+        adapters, self._outputs, rank = B.shape
+        self._features, self._dtype = A.shape[2], A.dtype
+        plain = all(tensor.is_cpu and type(tensor) in PLAIN for tensor in self._factors)
+        dense = A.stride(2) == 1 and B.stride(1) == 1 and scale.is_contiguous() and ranks.is_contiguous()
+        grows = A.requires_grad or B.requires_grad or scale.requires_grad
+        fits = plain and dense and not grows and A.dtype in _KERNEL_DTYPES and rank > 0
+        self._rows = KERNEL_WORK // rank if fits else 0
+        # No addresses: with a deep copy of the model its banks are copied, and this with them.
+        self._a_strides, self._b_strides = A.stride()[:2], B.stride()
+        self._sizes = (self._outputs, self._features, adapters, rank, _KERNEL_DTYPES.get(A.dtype, 0))
+
+    def add_(self, out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`out` [..., O], with the updates of `x` [..., I]; slots int32, one for each row of both."""
+        rows = slots.numel()
+        if (
+            rows <= self._rows
+            and out.is_contiguous()
+            and x.is_contiguous()
+            and x.dtype == out.dtype == self._dtype
+            and out.numel() == rows * self._outputs
+            and x.numel() == rows * self._features
+            and type(x) is type(out) is torch.Tensor
+            and slots.is_cpu
+            and slots.dtype == torch.int32
+            and slots.is_contiguous()
+            and x.is_cpu
+            and out.is_cpu
+            and not watched()
+            and not wants_gradient(out, x)
+            and _backend.pick("lora_delta_", "cpu") == "cpu"
+        ):
+            A, B, scale, ranks = self._factors
+            wrong = _backend.module("cpu").lora_delta_(
+                out.data_ptr(),
+                self._outputs,
+                x.data_ptr(),
+                self._features,
+                A.data_ptr(),
+                *self._a_strides,
+                B.data_ptr(),
+                *self._b_strides,
+                slots.data_ptr(),
+                scale.data_ptr(),
+                ranks.data_ptr(),
+                rows,
+                *self._sizes,
+                torch.get_num_threads(),
+            )
+            if wrong >= 0:
+                check_slot_range("lora_delta_", "slots", slots, A.shape[0])
+            return out
+        flat = out.reshape(-1, out.shape[-1])
+        A, B, scale, ranks = self._factors
+        lora_delta_(flat, x.reshape(-1, x.shape[-1]), A, B, slots, scale, ranks)
+        return flat.view(out.shape)
 
 
 def _run(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -293,3 +295,89 @@ def test_groups_follow_slots_that_change_in_place_or_are_freed():
         slots = torch.tensor([0, 1], dtype=torch.int32)
         slots[0] = 1
         assert seen(slots) == [(1, [1, 1])]
+
+
+def bound(rows, dtype=torch.float32, adapters=5, rank=4, features=40, outputs=70, seed=0):
+    """Arguments as a model's linear has them: B transposed in memory, rows by sequence and token."""
+    out, x, A, B, slots, scale, ranks = make(rows, features, outputs, adapters, rank, dtype, seed)
+    B = B.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous().view(rows, 1, outputs), x.view(rows, 1, features), A, B, slots, scale, ranks
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """How often the operator was called by its name, through torch."""
+    seen, op = [], _lora_delta._op
+    monkeypatch.setattr(_lora_delta, "_op", lambda *args: (seen.append(1), op(*args))[1])
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bound_factors_give_the_same_without_the_dispatcher(dtype, dispatched):
+    pytest.importorskip("personafast._C")
+    out, x, A, B, slots, scale, ranks = bound(9, dtype)
+    delta = _lora_delta.BoundDelta(A, B, scale, ranks)
+    for copied in (delta, copy.deepcopy(delta)):
+        found = out.clone()
+        assert copied.add_(found, x, slots) is found and dispatched == []
+        flat = out.clone().flatten(0, 1)
+        assert torch.equal(found.flatten(0, 1), ops.lora_delta_(flat, x.flatten(0, 1), *(A, B, slots, scale, ranks)))
+        dispatched.clear()
+
+
+@torch.no_grad()
+def test_a_deep_copy_of_bound_factors_reads_its_own():
+    pytest.importorskip("personafast._C")
+    out, x, A, B, slots, scale, ranks = bound(9)
+    delta = _lora_delta.BoundDelta(A, B, scale, ranks)
+    other, expected = copy.deepcopy(delta), delta.add_(out.clone(), x, slots)
+    A.fill_(torch.nan)
+    assert torch.equal(other.add_(out.clone(), x, slots), expected)
+
+
+@torch.no_grad()
+def test_bound_factors_leave_to_the_operator_what_the_kernel_does_not_take(dispatched):
+    pytest.importorskip("personafast._C")
+    out, x, A, B, slots, scale, ranks = bound(9)
+    delta = _lora_delta.BoundDelta(A, B, scale, ranks)
+    expected = by_hand(out.flatten(0, 1), x.flatten(0, 1), A, B, slots, scale, ranks)
+    wide = torch.cat([x, x], -1)[..., :40]
+    for change in (wide, x):
+        with ops.use_backend("reference" if change is x else "auto"):
+            found = delta.add_(out.clone(), change, slots)
+        torch.testing.assert_close(found.flatten(0, 1).double(), expected, rtol=1e-4, atol=1e-4)
+    assert len(dispatched) == 2
+    many = torch.randn(300, 40)
+    delta.add_(torch.zeros(300, 70), many, torch.zeros(300, dtype=torch.int32))
+    assert len(dispatched) == 3
+    with pytest.raises(PersonafastError, match="`out` has shape"):
+        delta.add_(out[:5], x, slots)
+    with pytest.raises(PersonafastError, match="`x` has dtype|`out` has dtype"):
+        delta.add_(out, x.bfloat16(), slots)
+    with pytest.raises(PersonafastError, match="holds 5"):
+        delta.add_(out, x, torch.full((9,), 5, dtype=torch.int32))
+    with pytest.raises(PersonafastError, match="no gradient"), torch.enable_grad():
+        delta.add_(out, x.requires_grad_(), slots)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapters", [1, 16])
+def test_a_row_is_the_same_alone_and_among_others_on_any_number_of_threads(dtype, adapters):
+    pytest.importorskip("personafast._C")
+    args = bound(40, dtype, adapters, rank=8, features=300, outputs=500)
+    out, x, A, B, slots, scale, ranks = args
+    delta = _lora_delta.BoundDelta(A, B, scale, ranks)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found = delta.add_(out.clone(), x, slots)
+            if count == 1:
+                expected = found
+            assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(threads)
+    for t in range(40):
+        assert torch.equal(delta.add_(out[t : t + 1].clone(), x[t : t + 1], slots[t : t + 1]), expected[t : t + 1])

@@ -14,7 +14,7 @@ static void one(Random& random) {
                            : random.chance(3) ? random.between(1000, 2300)
                                               : random.size(200);
   const int64_t outputs = large ? (wide ? 40 : 1100) : random.size(300);
-  const int64_t adapters = random.between(large ? 1 : 0, 4);
+  const int64_t adapters = random.between(large ? 1 : 0, random.chance(30) ? 16 : 4);
   const int64_t rank = large ? 64 : random.between(0, 9);
   const Dtype dtype = random.dtype();
 
