@@ -121,7 +121,7 @@ def test_an_eos_inside_a_draft_ends_its_row(net, handle, kind, sampler):
     out = speak(net, handle, row_of(batch, 1), persona, return_dict_in_generate=True, **options)
     end = free[1].tolist().index(eos) + 1
     assert out.sequences[0, -end:].tolist() == free[1, :end].tolist()
-    assert out.stats.tokens == end and out.stats.rounds == 1
+    assert out.stats.tokens == out.stats.proposed == out.stats.accepted == end and out.stats.rounds == 1
     many = torch.arange(3, tiny.VOCAB, 4)
     rows = chats(*["what is this", "sea", "law"] * 4)
     drawn = speak(net, handle, rows, persona, sampler=sampler, do_sample=True, seed=2, eos_token_id=many.tolist())
