@@ -91,10 +91,10 @@ def test_what_lies_beyond_a_row_is_not_looked_at():
 def test_a_draft_ends_behind_an_eos_and_one_token_before_the_row():
     transcript = Transcript(torch.zeros(4, 1, dtype=torch.long), 4, (3,))
     transcript.append(torch.tensor([[0], [0], [3], [0]]), torch.tensor([1, 1, 1, 0]))
-    tokens = torch.tensor([[0, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [3, 3, 0, 0]])
-    draft = Draft(tokens, None, torch.tensor([4, 4, 4, 1], dtype=torch.int32), deterministic=True)
+    tokens = torch.tensor([[3, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 3, 0, 0]])
+    draft = Draft(tokens, None, torch.tensor([4, 4, 4, 3], dtype=torch.int32), deterministic=True)
     found = lengths_in_row(transcript, draft, 4)
-    assert found.tolist() == [2, 2, 0, 1] and found.dtype == torch.int32
+    assert found.tolist() == [1, 2, 0, 2] and found.dtype == torch.int32
     assert lengths_in_row(transcript, draft, 1).tolist() == [1, 1, 0, 1]
 
 
