@@ -233,7 +233,7 @@ def decode(
         int64 [B, L + new], or `PersonaGenerateOutput` with `return_dict_in_generate`.
     """
     length, eos = _ends(config, criteria)
-    _check_room(patch.model, prompt.shape[1], length)
+    check_room(patch, rows, length - prompt.shape[1])
     if streamer is not None:
         streamer.put(prompt.cpu())
     transcript = Transcript(
@@ -317,13 +317,24 @@ def _keep_likely(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(unlikely, float("-inf"))
 
 
-def _check_room(model: Any, prompt: int, length: int) -> None:
-    most = learned_positions(model)
-    if most is not None and length > most:
-        raise PersonafastError(
-            f"max_new_tokens: a prompt of {prompt} tokens and {length - prompt} new ones exceed the {most} positions "
-            f"of this model; ask for at most {max(0, most - prompt)}"
-        )
+def check_room(patch: Patch, rows: Sequence[Row], new: int) -> None:
+    """Raise unless the model of every member, `patch`'s by default, has learned positions for `new` more tokens.
+
+    A draft may run out of them: its tokens are verified.
+    """
+    longest: dict[Patch, Member] = {}
+    for member in (member for row in rows for member in (row.reference, *row.members)):
+        own = member.patch or patch
+        if own not in longest or len(member.prompt) > len(longest[own].prompt):
+            longest[own] = member
+    for own, member in longest.items():
+        most, prompt = learned_positions(own.model), len(member.prompt)
+        if most is not None and prompt + new > most:
+            whose = "this model" if member.patch is None else f"the model of {member.name}"
+            raise PersonafastError(
+                f"max_new_tokens: a prompt of {prompt} tokens and {new} new ones exceed the {most} positions of "
+                f"{whose}; ask for at most {max(0, most - prompt)}"
+            )
 
 
 def _draws(options: Options, rows: int, device: torch.device) -> Draws:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import tiny, voices
 from helpers.voices import PERSONAS, chats, row_of, speak
-from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+import personafast as pf
 
 pytestmark = [pytest.mark.usefixtures("reference_backend"), pytest.mark.filterwarnings("ignore")]
 SAMPLERS = ["direct", "verify", "block", "token_rs"]
@@ -102,3 +104,29 @@ def test_a_callers_own_length_and_eos_criteria_count(net, handle):
     end = whole[0].tolist().index(first) + 1
     criteria = StoppingCriteriaList([EosTokenCriteria(first)])
     assert torch.equal(speak(net, handle, batch, PERSONAS["lora"], stopping_criteria=criteria), whole[:, :end])
+
+
+def test_every_member_that_speaks_needs_positions():
+    """GPT-2 has 64 of them: a system text, or a policy that has fewer, runs out before the reference does."""
+    net, short = tiny.model("gpt2"), tiny.model("gpt2", seed=3)
+    short.config.n_positions = 16
+    short.transformer.wpe = torch.nn.Embedding(16, tiny.HIDDEN)
+    batch = row_of(chats("sea"), 0)
+    width = batch["input_ids"].shape[1]
+    policies = pf.PolicySet.from_models(net, {"short": short})
+    text = "you are a calm pirate " * 8
+    with pf.attach(net, policies=policies, tokenizer=tiny.tokenizer()) as handle:
+        for persona, prompt, most in (
+            (pf.Persona(prompts={text: 0.5}), 42 + width, 64),
+            (pf.Persona(policies={"short": 0.5}), width, 16),
+        ):
+            for options in ({}, {"sampler": "block", "draft": "reference"}):
+                with pytest.raises(pf.PersonafastError, match=rf"the {most} positions of .*at most {most - prompt}$"):
+                    speak(net, handle, batch, persona, max_new_tokens=most - prompt + 1, **options)
+                assert speak(net, handle, batch, persona, max_new_tokens=most - prompt, **options).numel()
+            processor = pf.MPGLogitsProcessor(handle, persona, **batch)
+            with pytest.raises(pf.PersonafastError, match=f"the {most} positions of "):
+                net.generate(**batch, logits_processor=[processor], max_new_tokens=most - width + 2, do_sample=False)
+        # A draft may be shorter: its tokens are verified.
+        expected = speak(net, handle, batch, None, max_new_tokens=40)
+        assert torch.equal(speak(net, handle, batch, None, max_new_tokens=40, sampler="verify", draft=short), expected)
