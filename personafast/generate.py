@@ -185,10 +185,26 @@ class _Call:
         return cast(Any, shared) if shared else None
 
     def _process(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = self.processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
+        scores = self._processed(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
         if self._plain is None:
             return scores
         return _keep_likely(scores, self._plain[self.transcript.alive])
+
+    def _processed(self, ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        """Scores [B, V] after the processors, which count columns and look for repetitions: no row may be filled up."""
+        if all(isinstance(p, _STATELESS) for p in self.processors):
+            return self.processors(ids, scores)
+        positions = self.transcript.positions
+        short = positions.max() - positions  # ids are aligned at the right
+        found: torch.Tensor | None = None
+        for least in short[~self.transcript.ended].unique().tolist():
+            # Every row keeps its place; those that are longer stand here with the beginning of their text.
+            columns = torch.arange(ids.shape[1] - least, device=ids.device) + short.clamp(max=least)[:, None]
+            # A copy, as in stock generate: a processor may write into what it is given.
+            part = self.processors(cast(Any, ids.gather(1, columns)), cast(Any, scores.clone()))
+            found = part if found is None else torch.where((short == least)[:, None], part, found)
+        assert found is not None
+        return found
 
 
 def decode(
@@ -210,19 +226,20 @@ def decode(
         options: sampler, not "auto", and its settings.
         config: the call's GenerationConfig, prepared by transformers.
         processors: logits processors and warpers; they act on the aggregated target.
-        criteria: stopping criteria; length and EOS are taken from `config`.
+        criteria: stopping criteria; length and EOS are taken from `config` where no criterion says them.
         streamer: a transformers streamer; it gets committed tokens.
 
     Returns:
         int64 [B, L + new], or `PersonaGenerateOutput` with `return_dict_in_generate`.
     """
-    _check_room(patch.model, prompt.shape[1], int(config.max_length))
+    length, eos = _ends(config, criteria)
+    check_room(patch, rows, length - prompt.shape[1])
     if streamer is not None:
         streamer.put(prompt.cpu())
     transcript = Transcript(
         prompt,
-        max(0, int(config.max_length) - prompt.shape[1]),
-        _eos_ids(config),
+        max(0, length - prompt.shape[1]),
+        eos,
         [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))],
         (lambda tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
         may_shrink=all(isinstance(p, (*_STATELESS, MinPLogitsWarper)) for p in processors),
@@ -300,13 +317,24 @@ def _keep_likely(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(unlikely, float("-inf"))
 
 
-def _check_room(model: Any, prompt: int, length: int) -> None:
-    most = learned_positions(model)
-    if most is not None and length > most:
-        raise PersonafastError(
-            f"max_new_tokens: a prompt of {prompt} tokens and {length - prompt} new ones exceed the {most} positions "
-            f"of this model; ask for at most {max(0, most - prompt)}"
-        )
+def check_room(patch: Patch, rows: Sequence[Row], new: int) -> None:
+    """Raise unless the model of every member, `patch`'s by default, has learned positions for `new` more tokens.
+
+    A draft may run out of them: its tokens are verified.
+    """
+    longest: dict[Patch, Member] = {}
+    for member in (member for row in rows for member in (row.reference, *row.members)):
+        own = member.patch or patch
+        if own not in longest or len(member.prompt) > len(longest[own].prompt):
+            longest[own] = member
+    for own, member in longest.items():
+        most, prompt = learned_positions(own.model), len(member.prompt)
+        if most is not None and prompt + new > most:
+            whose = "this model" if member.patch is None else f"the model of {member.name}"
+            raise PersonafastError(
+                f"max_new_tokens: a prompt of {prompt} tokens and {new} new ones exceed the {most} positions of "
+                f"{whose}; ask for at most {max(0, most - prompt)}"
+            )
 
 
 def _draws(options: Options, rows: int, device: torch.device) -> Draws:
@@ -363,6 +391,16 @@ def _report_clamping(rule: Rule, stats: GenerationStats) -> None:
         "token; use aggregator='geometric' to subtract a trait",
         stacklevel=2,
     )
+
+
+def _ends(config: Any, criteria: Sequence[Any]) -> tuple[int, list[int]]:
+    """Most tokens of a row, prompt included, and the ids that end it.
+
+    A caller's own criteria stand in place of those that transformers makes of the configuration.
+    """
+    limits = [int(c.max_length) for c in criteria if isinstance(c, MaxLengthCriteria)]
+    eos = [int(token) for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()]
+    return min(limits, default=int(config.max_length)), eos or _eos_ids(config)
 
 
 def _eos_ids(config: Any) -> list[int]:

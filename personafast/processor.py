@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from personafast.density.model_scorer import ModelScorer
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
-from personafast.generate import make_rule, row_prompts
+from personafast.generate import check_room, make_rule, row_prompts
 from personafast.handle import PersonaHandle
 from personafast.persona import Persona
 
@@ -64,6 +64,7 @@ class MPGLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Log-probabilities of the target, float32 [B, V], from ids [B, l] and the reference's raw logits [B, V]."""
+        check_room(self._handle.cast.patch, self._rows, input_ids.shape[1] - self._start)
         self._follow(input_ids)
         with self._handle.speaking():
             reference, policies = self._scorer.score(input_ids[:, :0], reference=True)

@@ -17,6 +17,8 @@ class StopStrings:
     word-level tokenizers; decoding the end of the row needs neither.
     """
 
+    row_by_row = True
+
     def __init__(self, tokenizer: Any, strings: str | Sequence[str]) -> None:
         self._decode = tokenizer.decode
         self._strings = [strings] if isinstance(strings, str) else list(strings)

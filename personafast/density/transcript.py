@@ -89,7 +89,8 @@ class Transcript:
         prompt: int64 [B, L], as the caller gave it (padding included).
         limit: most new tokens a row.
         eos: ids that end a row.
-        criteria: transformers stopping criteria beyond length and EOS, (ids [b, l], scores) -> bool [b].
+        criteria: transformers stopping criteria beyond length and EOS, (ids [B, l], scores) -> bool [B], called with
+            all rows; one whose `row_by_row` is true gets only those that were extended.
         on_tokens: called with the new tokens of every commit, for streaming.
     """
 
@@ -164,9 +165,7 @@ class Transcript:
             self.stats.tokens += rows.numel()
             ended = torch.isin(new, self._eos) | (self._length[rows] >= self._limit)
             if self._criteria:
-                ids = self._aligned(rows, self._length[rows])
-                for criterion in self._criteria:
-                    ended = ended | torch.as_tensor(criterion(ids, ()), device=ended.device)
+                ended = ended | self._stopped(rows)
             self._done[rows] = ended
             if self._on_tokens is not None:
                 self._on_tokens(new)
@@ -214,6 +213,30 @@ class Transcript:
         new = self._tokens[:, :longest].clone()
         new[torch.arange(longest, device=new.device) >= self._length[:, None]] = pad
         return torch.cat([self._prompt, new], dim=1)
+
+    def _stopped(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of these rows some criterion ends, bool [n].
+
+        As in stock generate a criterion sees all rows of the call, every row at its own place, and its own text is as
+        wide as the tensor: criteria cut the prompt off by its width, or count columns.
+        """
+        found = torch.zeros_like(self._done)
+        lengths = self._length[rows]
+        for length in lengths.unique().tolist():
+            asked = rows[lengths == length]
+            for criterion in self._criteria:
+                if getattr(criterion, "row_by_row", False):
+                    found[asked] |= criterion(self._aligned(asked, self._length[asked]), ())
+                    continue
+                said = torch.as_tensor(criterion(self._texts(length), ()), device=found.device)
+                found[asked] |= said.expand(found.shape)[asked]
+        return found[rows]
+
+    def _texts(self, length: int) -> torch.Tensor:
+        """Every row of the call where rows of `length` new tokens stand: longer ones are cut, shorter ones filled."""
+        return self._aligned(
+            torch.arange(self._length.numel(), device=self._length.device), self._length.clamp(max=length)
+        )
 
     def _aligned(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         longest = int(lengths.max())
