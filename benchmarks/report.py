@@ -261,7 +261,7 @@ def reads_table(results: Mapping[str, Any]) -> str:
     about = (
         f"{settings['replies']} replies of the zoo a method, one row at a time, {len(settings['traits'])} policies, "
         f"drafts and chunks of {settings['chunk']}, min-p {settings['min_p']:g}, temperature 1; a read is one call of a "
-        "model. In brackets what the design expects of another toy (a LoRA policy's own factors counted there, not here). "
+        "model. In brackets what the design expects of another toy, a LoRA policy's own factors counted. "
         "`python -m benchmarks.reads`."
     )
     return _table(head, rows, "l" + "r" * (len(head) - 1)) + "\n\n" + about
