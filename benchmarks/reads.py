@@ -66,7 +66,7 @@ METHODS = (
     ),
     Method(
         "block, merge drafts at the full weights, no early end",
-        {"sampler": "block", "draft": "merge", "chunk": CHUNK, "draft_scale": 1.0, "draft_confidence": 0.0},
+        {"sampler": "block", "draft": "merge", "chunk": CHUNK, "draft_scale": 1.0, "draft_doubt": 0.0},
     ),
     Method(
         "scr",

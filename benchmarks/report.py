@@ -260,8 +260,8 @@ def reads_table(results: Mapping[str, Any]) -> str:
         rows.append(row)
     about = (
         f"{settings['replies']} replies of the zoo a method, one row at a time, {len(settings['traits'])} policies, "
-        f"drafts and chunks of {settings['chunk']}, min-p {settings['min_p']:g}, temperature 1; a read is one call of a "
-        "model. In brackets what the design expects of another toy, a LoRA policy's own factors counted. "
+        f"drafts and chunks of {settings['chunk']}, min-p {settings['min_p']:g}, temperature 1; a read is one call of "
+        "a model. In brackets what the design expects of another toy, a LoRA policy's own factors counted. "
         "`python -m benchmarks.reads`."
     )
     return _table(head, rows, "l" + "r" * (len(head) - 1)) + "\n\n" + about

@@ -116,7 +116,7 @@ class _Call:
             drafter = ModelDrafter(
                 scorer,
                 temperature=self.rule.policy_temperature,
-                confidence=self.options.draft_confidence,
+                doubt=self.options.draft_doubt,
                 min_p=self._draft_min_p(),
                 process=self._draft_process(),
             )

@@ -212,7 +212,7 @@ class PersonaHandle:
         chunk: int | None = None,
         draft: Any = "auto",
         draft_scale: float = 0.85,
-        draft_confidence: float = 0.05,
+        draft_doubt: float = 0.05,
         retries: int = 64,
         scr_options: ScrOptions | None = None,
         stop_strings: str | Sequence[str] | None = None,
@@ -260,7 +260,8 @@ class PersonaHandle:
                 Any draft leaves the target as it is. "auto" takes the merge where the policies can be merged.
             draft_scale: a merge drafts with this share of the persona's weights. Updates that are added disturb each
                 other, the more the more there are; a little less of them comes nearer to the target (docs/density.md).
-            draft_confidence: a draft ends after a token of less probability than this.
+            draft_doubt: a draft ends where it would rather be refused than stand, a token of probability p standing
+                with p / (p + draft_doubt (1 - p)); 0 always drafts `chunk` tokens.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
             scr_options: all of the open parameters of "scr"; overrides `chunk` there.
             stop_strings: texts that end a row.
@@ -289,7 +290,7 @@ class PersonaHandle:
             chunk=chunk,
             draft=draft,
             draft_scale=draft_scale,
-            draft_confidence=draft_confidence,
+            draft_doubt=draft_doubt,
             retries=retries,
             scr=scr,
         )

@@ -26,7 +26,7 @@ class Options:
     chunk: int | None = None
     draft: Any = "auto"
     draft_scale: float = 0.85
-    draft_confidence: float = 0.05
+    draft_doubt: float = 0.05
     retries: int = 64
     scr: ScrOptions = ScrOptions()
     notes: tuple[str, ...] = ()
@@ -44,8 +44,8 @@ class Options:
             raise PersonafastError(f"policy_temperature: {self.policy_temperature} is not finite and above 0")
         if not 0 < self.draft_scale < float("inf"):
             raise PersonafastError(f"draft_scale: {self.draft_scale} is not finite and above 0")
-        if not 0 <= self.draft_confidence <= 1:
-            raise PersonafastError(f"draft_confidence: {self.draft_confidence} is not in [0, 1]")
+        if not 0 <= self.draft_doubt <= 1:
+            raise PersonafastError(f"draft_doubt: {self.draft_doubt} is not in [0, 1]")
         for name, value in (("chunk", self.chunk), ("retries", self.retries)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise PersonafastError(f"{name}: {value!r} is not a whole number of at least 1")

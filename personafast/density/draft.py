@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +16,8 @@ from personafast.errors import PersonafastError
 
 # How far from 0 the log of a draft's total probability may lie.
 _NORMALISED = 1e-3
+# A draft that stands whole with less than this is not drafted further.
+_WORTH_GOING_ON = 0.5
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ class ModelDrafter:
     Args:
         scorer: proposes.
         temperature: divides the logits first, as `Rule.policy_temperature` does.
-        confidence: a row's draft ends after a token of less probability than this: what follows would most likely be
-            drafted in vain.
+        doubt: c of the guess that a drafted token of probability p stands with p / (p + c (1 - p)). A row's draft ends
+            where, by that guess, all of it stands with less than one half: what follows would mostly be in vain. At 0
+            every draft is as long as it may be.
         min_p: float32 [B], keeps tokens of at least this share of the largest probability; None keeps all.
         process: the target's processors and warpers, (ids [b, l], log-probabilities [b, V]) -> scores [b, V].
     """
@@ -140,12 +142,12 @@ class ModelDrafter:
         scorer: Scorer,
         *,
         temperature: float = 1.0,
-        confidence: float = 0.0,
+        doubt: float = 0.0,
         min_p: torch.Tensor | None = None,
         process: Process | None = None,
     ) -> None:
         self._scorer, self._temperature, self._min_p, self._process = scorer, temperature, min_p, process
-        self._least = math.log(confidence) if confidence > 0 else -math.inf
+        self._doubt = doubt
 
     def draft(self, transcript: Transcript, draws: Draws | None, chunk: int) -> Draft:
         """See `Drafter.draft`."""
@@ -154,7 +156,7 @@ class ModelDrafter:
         tokens = torch.zeros(room.numel(), 0, dtype=torch.long, device=room.device)
         ids = transcript.ids() if self._process is not None else tokens
         u = draws.uniform(Stream.PROPOSE, transcript.positions, chunk) if draws is not None else None
-        laws = []
+        laws, stands = [], torch.ones(room.numel(), device=room.device)
         while bool(going.any()):
             logp = self._law(torch.cat([ids, tokens], dim=1), self._scorer.propose(tokens))
             # Where processors leave nothing, a draft ends; that this is so depends on what was drafted already.
@@ -164,7 +166,9 @@ class ModelDrafter:
             token = logp.argmax(dim=-1) if u is None else choose(logp, u[:, tokens.shape[1]])
             lengths = lengths + going
             going = going & (lengths < room) & ~transcript.is_eos(token)
-            going = going & (logp.gather(1, token[:, None])[:, 0] >= self._least)
+            p = logp.gather(1, token[:, None])[:, 0].exp()
+            stands = stands * p / (p + self._doubt * (1 - p))
+            going = going & (stands >= _WORTH_GOING_ON)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             laws.append(logp)
         law = torch.stack(laws, dim=1) if laws and u is not None else None

@@ -196,3 +196,20 @@ def test_a_model_runs_only_as_far_as_some_row_goes():
     transcript = Transcript(torch.zeros(ROWS, 1, dtype=torch.long), 12, (3,))
     draft = ModelDrafter(Counted(TABLES, ROWS)).draft(transcript, draws(ROWS, 2), 8)
     assert calls == [0, 1] and draft.tokens.shape == (ROWS, 2)
+
+
+def test_a_draft_ends_where_it_would_rather_be_refused():
+    rows, doubt = 500, 0.3
+    transcript = Transcript(torch.zeros(rows, 1, dtype=torch.long), TABLES.length, eos=())
+    whole, ended = (
+        ModelDrafter(TableScorer(TABLES, rows), doubt=c).draft(transcript, draws(rows, 2), 8) for c in (0.0, doubt)
+    )
+    assert (whole.lengths == 8).all()
+    # The same draws: what is drafted is the same as far as it goes.
+    width = ended.tokens.shape[1]
+    assert torch.equal(ended.tokens, whole.tokens[:, :width])
+    p = whole.logp.gather(2, whole.tokens[..., None])[..., 0].exp()
+    stands = (p / (p + doubt * (1 - p))).cumprod(1)
+    wanted = ((stands >= 0.5).long().cumprod(1).sum(1) + 1).clamp(max=8)
+    assert torch.equal(ended.lengths.long(), wanted)
+    assert wanted.unique().numel() > 3
