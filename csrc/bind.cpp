@@ -15,6 +15,7 @@
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
 #include "personafast/rms_norm.h"
+#include "personafast/silu_mul.h"
 #include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
@@ -219,6 +220,11 @@ void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, float eps, int64_t r
   rms_norm_cpu({at<void>(out), at<const void>(x), at<const void>(weight), eps, rows, width, static_cast<Dtype>(dtype)});
 }
 
+void silu_mul(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t count, int dtype, int threads) {
+  py::gil_scoped_release released;
+  silu_mul_cpu({at<void>(out), at<const void>(gate), at<const void>(up), count, static_cast<Dtype>(dtype)}, threads);
+}
+
 int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
                       uintptr_t row_offsets, uintptr_t bias, int64_t value_count, int64_t rows, int64_t outputs,
                       int64_t features, int dtype, int threads) {
@@ -376,6 +382,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("rms_norm", &rms_norm, "personafast/rms_norm.h");
+  module.def("silu_mul", &silu_mul, "personafast/silu_mul.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
   module.def("steer_", &steer, "personafast/steer.h");

@@ -10,6 +10,7 @@
 #include "personafast/lora_delta.h"
 #include "personafast/mask_bits.h"
 #include "personafast/masked_linear.h"
+#include "personafast/silu_mul.h"
 #include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 #include "personafast/token_logprobs.h"

@@ -21,6 +21,7 @@ from personafast.models.anatomy import Anatomy, is_conv1d
 from personafast.models.attention import patch_attention, unpatch_attention
 from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
+from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
 from personafast.models.rows import NOBODY, RowSlots, TokenSlots
 from personafast.ops._rms_norm import run_kernel, serves
@@ -96,6 +97,8 @@ class Patch:
         patch_attention(self.model)
         for norm, eps in find_norms(self.model):
             self._replace_forward(norm, functools.partial(_norm, norm, eps))
+        for mlp in find_mlps(self.model):
+            self._replace_forward(mlp, functools.partial(gated, mlp))
 
     def remove(self) -> bool:
         """Take everything out again; the model is as it was, bit for bit.

@@ -17,6 +17,7 @@ from personafast.ops._lora_delta import lora_delta_
 from personafast.ops._mask_bits import pack_mask, unpack_mask
 from personafast.ops._masked_linear import masked_linear
 from personafast.ops._rms_norm import rms_norm
+from personafast.ops._silu_mul import silu_mul
 from personafast.ops._sparse_linear import compress, sparse_linear
 from personafast.ops._steer import SteerMode, steer_
 from personafast.ops._token_logprobs import token_logprobs
@@ -41,6 +42,7 @@ __all__ = [
     "pack_mask",
     "philox",
     "rms_norm",
+    "silu_mul",
     "sparse_linear",
     "steer_",
     "token_logprobs",
