@@ -199,7 +199,7 @@ def test_a_model_runs_only_as_far_as_some_row_goes():
 
 
 def test_a_draft_ends_where_it_would_rather_be_refused():
-    rows, doubt = 500, 0.3
+    rows, doubt = 500, 0.05
     transcript = Transcript(torch.zeros(rows, 1, dtype=torch.long), TABLES.length, eos=())
     whole, ended = (
         ModelDrafter(TableScorer(TABLES, rows), doubt=c).draft(transcript, draws(rows, 2), 8) for c in (0.0, doubt)

@@ -36,7 +36,7 @@ def drafter(kind, scorer, transcript, process=None, min_p=0.0):
         return Certain(TABLES.vocab)
     if kind == "like the target":
         return ModelDrafter(scorer, process=process, min_p=torch.full((transcript.alive.numel(),), min_p))
-    return ModelDrafter(scorer)
+    return ModelDrafter(scorer, doubt=0.3 if kind == "ahead" else 0.0)
 
 
 def run_verify(target, kind, *, min_p=0.0, make=drafter, t=1.0, **more):
