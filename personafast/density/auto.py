@@ -48,7 +48,8 @@ def choose(call: Call) -> Choice:
     if not call.ratios:
         return Choice("direct", draft, "auto: direct, since no row has density ratios")
     if call.mixture and call.sampling and call.other_warpers is None:
-        return Choice("mixture", draft, "auto: mixture, since the linear rule lets one policy speak at a time")
+        why = "auto: mixture, since the linear rule lets one policy speak at a time; min_p acts on the one that speaks"
+        return Choice("mixture", draft, why)
     if call.separate:
         why = "auto: block, since the policies are separate models and one pass of each scores a whole draft; drafts: "
         why += "the merge of the policies" if draft == "merge" else "the reference, since they cannot be merged"
