@@ -103,7 +103,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         UnsupportedModelError: naming the model's class, when the structure is not that of a decoder.
     """
     config = _text_config(model)
-    if getattr(model, "_is_stateful", False):
+    # Not every hybrid says so of itself: LFM2's layers are "conv" or "full_attention".
+    kinds = getattr(config, "layer_types", None) or ()
+    if getattr(model, "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds):
         raise UnsupportedModelError(
             f"model: {type(model).__name__} keeps a recurrent state, which cannot be rolled back; use a model whose "
             "cache is attention only"

@@ -196,6 +196,8 @@ def _sliding_window(model: nn.Module) -> int | None:
     text = _text_config(model)
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
+    if "local" in (getattr(text, "attention_layers", None) or ()):  # GPT-Neo's names
+        return int(text.window_size)
     if window is None or getattr(text, "use_sliding_window", True) is False:
         return None
     return int(window) if kinds is None or "sliding_attention" in kinds else None

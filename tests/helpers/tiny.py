@@ -40,6 +40,16 @@ def model(family: str = "llama", seed: int = 0) -> Any:
         "qwen3": lambda: t.Qwen3Config(**llama_like),
         "gemma2": lambda: t.Gemma2Config(**llama_like, query_pre_attn_scalar=8),
         "gpt2": lambda: t.GPT2Config(**common, n_embd=HIDDEN, n_layer=BLOCKS, n_head=4, n_positions=64),
+        "gpt_neo": lambda: t.GPTNeoConfig(
+            **common,
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_layers=BLOCKS,
+            num_heads=4,
+            attention_types=[[["global", "local", "local"], 1]],
+            window_size=6,
+            max_position_embeddings=64,
+        ),
         "gpt_neox": lambda: t.GPTNeoXConfig(
             **common, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=BLOCKS, num_attention_heads=4
         ),

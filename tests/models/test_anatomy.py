@@ -3,6 +3,7 @@ import torch
 from helpers import tiny
 
 import personafast as pf
+from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import anatomy, linear_features
 
 
@@ -53,3 +54,20 @@ def test_what_is_not_a_decoder_is_refused_by_name():
         anatomy(net)
     with pytest.raises(pf.UnsupportedModelError, match="Sequential"):
         anatomy(torch.nn.Sequential())
+
+
+def test_a_hybrid_that_does_not_call_itself_stateful_is_refused():
+    import transformers as t
+
+    kinds = ["conv", "full_attention", "conv"]
+    config = t.Lfm2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=kinds,
+    )
+    with pytest.raises(UnsupportedModelError, match="Lfm2ForCausalLM keeps a recurrent state"):
+        anatomy(t.Lfm2ForCausalLM(config))
