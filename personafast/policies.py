@@ -64,7 +64,7 @@ class PolicySet:
     Example:
         >>> judge = PolicySet.from_models(model, {"judge": "checkpoints/judge"})
         >>> policies = (judge | PolicySet.from_prompts(model, {"pirate": "You are a pirate."}))
-        >>> with policies.attach(tokenizer=tokenizer) as personas:
+        >>> with pf.attach(model, policies=policies, tokenizer=tokenizer) as personas:
         ...     out = model.generate(**batch, custom_generate=personas.generate,
         ...                          personas=pf.Persona(policies={"judge": 1.0, "pirate": 0.5}))
     """

@@ -119,3 +119,34 @@ def test_the_command_writes_page_and_figure(tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
     draw(found, figure)
     assert str(target) in capsys.readouterr().out
+
+
+def test_weight_reads_stand_beside_what_was_expected(tmp_path):
+    def record(kind, alpha, reads, goal=None, expected=None):
+        figures = {"tokens_per_round": 6.5, "joint": {"rate": 0.9}, "grammar": 0.97}
+        return {
+            "method": "block",
+            "policies": kind,
+            "alpha": alpha,
+            "reads_per_token": reads,
+            "expected": expected,
+            "goal": goal,
+            **figures,
+        }
+
+    records = [
+        record("separate", 0.25, 1.5, expected=2.0),
+        record("separate", 1.0, 1.9, goal=1.8),
+        record("lora", 0.25, 1.1),
+        record("lora", 1.0, 1.2),
+    ]
+    settings = {"replies": 3, "traits": ["a", "b", "c", "d"], "chunk": 8, "min_p": 0.05}
+    source, target = tmp_path / "reads.json", tmp_path / "density.md"
+    source.write_text(json.dumps({"settings": settings, "records": records}))
+    target.write_text("before\n<!-- reads:begin -->\nold\n<!-- reads:end -->\nafter\n")
+    for _ in range(2):
+        report.write_reads(source, target)
+    text = target.read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| block"))
+    assert row == "| block | 1.50 (2) | 1.90, goal 1.8 **missed** | 1.10 | 1.20 | 6.50 | 90 % | 97 % |"
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
