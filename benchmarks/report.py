@@ -17,6 +17,9 @@ from personafast._io import read_json, write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
+# What a machine's folder holds, in the order of the page.
+SUITES = ("ops", "decode", "blend")
+
 Record = Mapping[str, Any]
 
 HEAD = """# Performance
@@ -51,14 +54,14 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """The results under `folder`, a folder for each machine, by name."""
     machines = []
     for home in sorted(path for path in folder.iterdir() if path.is_dir()):
-        suites = {path.stem: read_json(path) for path in sorted(home.glob("*.json"))}
+        suites = {name: read_json(home / f"{name}.json") for name in SUITES if (home / f"{name}.json").exists()}
         if suites:
             machines.append({"name": home.name, **suites})
     return machines
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
-    suites = [machine[name] for name in ("ops", "decode", "blend") if name in machine]
+    suites = [machine[name] for name in SUITES if name in machine]
     yield f"## {_hardware(suites[0])}"
     yield _facts(suites)
     cases = [case for suite in suites for case in suite["cases"]]

@@ -43,8 +43,8 @@ def test_a_wrong_blend_is_not_timed(contenders, monkeypatch):
     with torch.no_grad():
         contenders.check()
         whole = contenders.persona
-        # One policy too few.
-        monkeypatch.setattr(contenders, "persona", lambda count, *more, **options: whole(count - 1, *more, **options))
+        # Each policy at a quarter of its weight.
+        monkeypatch.setattr(contenders, "persona", lambda count: whole(count, 0.25))
         with pytest.raises(CheckFailed, match="direct, 4 policies"):
             contenders.check()
 

@@ -69,9 +69,5 @@ def test_a_hybrid_that_does_not_call_itself_stateful_is_refused():
         num_key_value_heads=1,
         layer_types=kinds,
     )
-<<<<<<< HEAD
-    with pytest.raises(pf.UnsupportedModelError, match="Lfm2ForCausalLM keeps a recurrent state"):
-=======
     with pytest.raises(UnsupportedModelError, match="Lfm2ForCausalLM keeps a recurrent state"):
->>>>>>> h/review
         anatomy(t.Lfm2ForCausalLM(config))

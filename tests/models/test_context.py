@@ -16,12 +16,8 @@ def fresh(net, ids):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neo", "gpt_neox", "gemma2"])
 def test_rollback_equals_a_fresh_forward(family):
     net = tiny.model(family)
-<<<<<<< HEAD
-    net.config.sliding_window = 6  # of those, gemma2 has one, and gpt_neo its own
-=======
     if family == "gemma2":
         net.config.sliding_window = 6
->>>>>>> h/review
     generator = torch.Generator().manual_seed(1)
     texts = [[5, 6, 7, 8], [9], [10, 11]]
     context = RaggedContext(net, texts, torch.device("cpu"))
