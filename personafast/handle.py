@@ -262,7 +262,7 @@ class PersonaHandle:
                 other, the more the more there are; a little less of them comes nearer to the target (docs/density.md).
             draft_confidence: a draft ends after a token of less probability than this.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
-            scr_options: all of the open parameters of "scr"; overrides `chunk` there.
+            scr_options: all of the open parameters of "scr"; overrides `chunk` and `carry` there.
             stop_strings: texts that end a row.
             streamer: a transformers streamer; give it through `bind`, `model.generate` keeps its own to itself.
             prepared: what transformers prepares for a decoding loop; `attention_mask` is used.
@@ -278,7 +278,7 @@ class PersonaHandle:
 
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
-        scr = scr_options or (ScrOptions() if chunk is None else ScrOptions(chunk=chunk))
+        scr = scr_options or ScrOptions(**({} if chunk is None else {"chunk": chunk}), carry=carry)
         options = Options(
             sampler=sampler,
             seed=seed,
@@ -327,7 +327,7 @@ class PersonaHandle:
                 separate=any(self.cast.separate(persona) for persona in given),
                 mixture=all(_is_mixture(persona) for persona in given),
                 sampling=bool(config.do_sample),
-                other_warpers=warper_of_targets(processors),
+                other_warpers=warper_of_targets(processors, config),
                 mergeable=mergeable,
             )
             choice = choose(call)
