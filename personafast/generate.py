@@ -41,7 +41,13 @@ from personafast.row import Row
 # Keep a token whose probability under a member is at least this share of that member's largest (METHODS 3.2).
 DEFAULT_MIN_P = 0.05
 # Rows may leave the batch under these, and drafts may take them on; any other processor may hold a state per row.
-_STATELESS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, LogitNormalization)
+_STATELESS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    LogitNormalization,
+)
 # The rules that are power means, and their exponents.
 _POWERS = {"harmonic": -1.0}
 
@@ -71,7 +77,7 @@ class _Call:
         self.sampling = bool(config.do_sample)
         self.want_log_z = bool(config.return_dict_in_generate)
         self.min_p = options.min_p if options.min_p is not None else config.min_p
-        self.processors = LogitsProcessorList(p for p in processors if not isinstance(p, MinPLogitsWarper))
+        self.processors = LogitsProcessorList(p for p in processors if not _makes_support(p, config))
         self.rule = make_rule(rows, self.min_p, options.policy_temperature, self.device)
         self.draws = _draws(options, len(rows), self.device) if self.sampling else None
         self._plain = _plain_min_p(rows, self.min_p, self.device) if self.sampling else None
@@ -99,6 +105,7 @@ class _Call:
                 self.draws,
                 retries=self.options.retries,
                 process=self._process_or_none,
+                carry=self.options.carry,
                 want_log_z=self.want_log_z,
             )
         else:
@@ -154,7 +161,7 @@ class _Call:
         sample_mixture(
             scorer,
             self.transcript,
-            _as_mixture(self.rule),
+            _as_mixture(self.rule, self._plain),
             self.draws,
             chunk=self.options.chunk or 1,
             carry=self.options.carry,
@@ -242,7 +249,7 @@ def decode(
         eos,
         [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))],
         (lambda tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
-        may_shrink=all(isinstance(p, (*_STATELESS, MinPLogitsWarper)) for p in processors),
+        may_shrink=all(isinstance(p, _STATELESS) for p in processors),
     )
     transcript.stats.notes.extend(options.notes)
     sampler = options.sampler
@@ -363,21 +370,27 @@ def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
     return temperature
 
 
-def warper_of_targets(processors: Sequence[Any]) -> str | None:
+def _makes_support(processor: Any, config: Any) -> bool:
+    """Whether a processor is what transformers makes of `min_p`, which is the support mask here."""
+    return isinstance(processor, MinPLogitsWarper) and processor.min_p == config.min_p
+
+
+def warper_of_targets(processors: Sequence[Any], config: Any) -> str | None:
     """The name of a processor that acts on the target, if there is one.
 
     A mixture cannot take it, or, as the temperature, takes it policy by policy, which is another target.
     """
-    return next((type(p).__name__ for p in processors if not isinstance(p, MinPLogitsWarper)), None)
+    return next((type(p).__name__ for p in processors if not _makes_support(p, config)), None)
 
 
-def _as_mixture(rule: Rule) -> Rule:
-    """Rows without policies speak as the one member that stands for them."""
+def _as_mixture(rule: Rule, plain: torch.Tensor | None) -> Rule:
+    """Rows without policies speak as the one member that stands for them, under their own min-p, `plain` [B]."""
     weights = rule.weights if rule.weights.shape[1] else rule.weights.new_zeros(rule.weights.shape[0], 1)
     alone = (weights == 0).all(dim=1)
     weights[alone, 0] = 1.0
     rule.weights = weights
     rule.aggregator = torch.where(alone, int(Aggregator.LINEAR), rule.aggregator)
+    rule.min_p = rule.min_p if plain is None else torch.where(alone, plain, rule.min_p)
     return rule
 
 

@@ -263,7 +263,7 @@ class PersonaHandle:
             draft_doubt: a draft ends where it would rather be refused than stand, a token of probability p standing
                 with p / (p + draft_doubt (1 - p)); 0 always drafts `chunk` tokens.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
-            scr_options: all of the open parameters of "scr"; overrides `chunk` there.
+            scr_options: all of the open parameters of "scr"; overrides `chunk` and `carry` there.
             stop_strings: texts that end a row.
             streamer: a transformers streamer; give it through `bind`, `model.generate` keeps its own to itself.
             prepared: what transformers prepares for a decoding loop; `attention_mask` is used.
@@ -279,7 +279,7 @@ class PersonaHandle:
 
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
-        scr = scr_options or (ScrOptions() if chunk is None else ScrOptions(chunk=chunk))
+        scr = scr_options or ScrOptions(**({} if chunk is None else {"chunk": chunk}), carry=carry)
         options = Options(
             sampler=sampler,
             seed=seed,
@@ -328,7 +328,7 @@ class PersonaHandle:
                 separate=any(self.cast.separate(persona) for persona in given),
                 mixture=all(_is_mixture(persona) for persona in given),
                 sampling=bool(config.do_sample),
-                other_warpers=warper_of_targets(processors),
+                other_warpers=warper_of_targets(processors, config),
                 mergeable=mergeable,
             )
             choice = choose(call)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny, voices
 from helpers.voices import PERSONAS, chats, row_of, speak
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 import personafast as pf
@@ -130,3 +130,48 @@ def test_every_member_that_speaks_needs_positions():
         # A draft may be shorter: its tokens are verified.
         expected = speak(net, handle, batch, None, max_new_tokens=40)
         assert torch.equal(speak(net, handle, batch, None, max_new_tokens=40, sampler="verify", draft=short), expected)
+
+
+class EndsForGood(LogitsProcessor):
+    """A grammar in which nothing may follow an EOS."""
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill((input_ids[:, -1:] == 9), float("-inf"))
+
+
+@pytest.mark.parametrize("sampler", ["verify", "block"])
+def test_nothing_needs_to_follow_an_eos_inside_a_draft(net, handle, sampler):
+    options = {"do_sample": True, "eos_token_id": 9, "logits_processor": LogitsProcessorList([EndsForGood()])}
+    bias = {"sequence_bias": {(9,): 3.0}, "max_new_tokens": 6}
+    ended = 0
+    for seed in range(8):
+        out = speak(net, handle, row_of(chats(), 0), PERSONAS["lora"], sampler=sampler, seed=seed, **bias, **options)
+        ended += int((out == 9).sum())
+    assert ended
+
+
+LINEAR = pf.Persona(policies={"formal": 0.5, "stern": 0.5}, aggregator="linear")
+
+
+@pytest.mark.parametrize("sampler", ["direct", "verify", "token_rs", "scr"])
+def test_carry_reaches_every_sampler(net, handle, sampler):
+    batch = {name: part[:1].repeat(16, 1) for name, part in chats().items()}
+    options = {"do_sample": True, "seed": 1, "sampler": sampler, "max_new_tokens": 6}
+    carried = speak(net, handle, batch, LINEAR, carry=True, **options)
+    assert not torch.equal(carried, speak(net, handle, batch, LINEAR, **options))
+
+
+def test_min_p_reaches_the_plain_rows_of_a_mixture(net, handle):
+    options = {"do_sample": True, "seed": 1, "min_p": 1.0}
+    greedy = speak(net, handle, chats(), None)
+    found = speak(net, handle, chats(), [LINEAR, None, None], sampler="mixture", **options)
+    assert torch.equal(found[1:], greedy[1:])
+
+
+@pytest.mark.parametrize("sampler", ["direct", "block", "auto"])
+def test_a_callers_own_min_p_warper_acts_on_the_target(net, handle, sampler):
+    processors = LogitsProcessorList([MinPLogitsWarper(1.0)])
+    for persona in (PERSONAS["lora"], LINEAR):
+        greedy = speak(net, handle, chats(), persona)
+        options = {"do_sample": True, "seed": 1, "sampler": sampler, "logits_processor": processors}
+        assert torch.equal(speak(net, handle, chats(), persona, **options), greedy)

@@ -21,6 +21,7 @@ def sample_token_rs(
     *,
     retries: int = 64,
     process: Process | None = None,
+    carry: bool = False,
     want_log_z: bool = False,
 ) -> None:
     """Draw every token from the token-level target q by rejection: y ~ b stands with probability q(y) / (b(y) M).
@@ -42,6 +43,7 @@ def sample_token_rs(
         draws: uniforms.
         retries: most proposals a token.
         process: user processors and warpers, (ids [b, l], log-target [b, V]) -> scores [b, V].
+        carry: as for `sample_direct`.
         want_log_z: make `GenerationStats.log_z`.
 
     Raises:
@@ -50,10 +52,12 @@ def sample_token_rs(
     if retries < 1:
         raise PersonafastError(f"retries: {retries} is not at least 1")
     nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
+    carried = torch.zeros_like(rule.weights) if carry else None
     while transcript.open:
         reference, policies = scorer.score(nothing, reference=True)
         assert reference is not None
-        plain = target = rule.targets(reference, policies)[:, 0]
+        so_far = None if carried is None else carried[:, None]
+        plain = target = rule.targets(reference, policies, so_far)[:, 0]
         if process is not None:
             target = process(transcript.ids(), target)
         log_q = settle(target.double(), transcript.ended).log_softmax(dim=-1)
@@ -63,12 +67,15 @@ def sample_token_rs(
         before = transcript.positions
         transcript.append(token[:, None], torch.ones_like(token))
         if want_log_z:
-            values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None])
+            values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None], so_far)
             transcript.add_log_z(values, before)
+        if carried is not None:
+            carried = carried + rule.log_ratios(reference[:, 0], policies[:, :, 0], token)
         scorer.commit(token[:, None], torch.ones_like(token))
         rows = transcript.shrink()
         if rows is not None:
             nothing = nothing[rows]
+            carried = carried[rows] if carried is not None else None
             for part in (scorer, rule, draws):
                 part.keep(rows)
 

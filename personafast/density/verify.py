@@ -72,8 +72,11 @@ def sample_verify(
         assert reference is not None
         so_far = _carried(rule, carried, reference, policies, tokens)
         plain = rule.targets(reference, policies, so_far)
-        target = _processed(process, transcript, tokens, plain, lengths)
-        logp = _normalised(target, tokens, lengths, transcript.ended)
+        # Nothing follows an EOS: the token that is drawn behind it is not kept.
+        over = transcript.is_eos(tokens) & (places[:-1] < lengths[:, None])
+        last_place = lengths - over.any(dim=1).to(lengths.dtype)
+        target = _processed(process, transcript, tokens, plain, last_place)
+        logp = _normalised(target, tokens, last_place, transcript.ended)
 
         if draws is None:
             new, accepted = _most_probable(logp, tokens, lengths)
@@ -141,18 +144,20 @@ def _processed(
     transcript: Transcript,
     tokens: torch.Tensor,
     target: torch.Tensor,
-    lengths: torch.Tensor,
+    last_place: torch.Tensor,
 ) -> torch.Tensor:
     """Apply processors at every place some row looks at, with the tokens that lead there."""
     if process is None:
         return target
     ids = torch.cat([transcript.ids(), tokens], dim=1)
     first = ids.shape[1] - tokens.shape[1]
-    found = [process(ids[:, : first + j], target[:, j]) for j in range(int(lengths.max()) + 1)]
+    found = [process(ids[:, : first + j], target[:, j]) for j in range(int(last_place.max()) + 1)]
     return torch.cat([torch.stack(found, dim=1).to(target.dtype), target[:, len(found) :]], dim=1)
 
 
-def _normalised(target: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+def _normalised(
+    target: torch.Tensor, tokens: torch.Tensor, last_place: torch.Tensor, ended: torch.Tensor
+) -> torch.Tensor:
     """Log-probabilities, float32 [B, k + 1, V]; places that cannot be reached are uniform if they are nothing else."""
     logp = settle(target.float(), ended).log_softmax(dim=-1)
     wrong = ~(logp[..., 0] <= 0)
@@ -160,7 +165,7 @@ def _normalised(target: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tenso
         return logp
     possible = logp[:, :-1].gather(2, tokens[..., None])[..., 0] > -torch.inf
     reached = torch.cat([torch.ones_like(possible[:, :1]), possible], dim=1).cumprod(dim=1).bool()
-    reached &= torch.arange(logp.shape[1], device=logp.device) <= lengths[:, None]
+    reached &= torch.arange(logp.shape[1], device=logp.device) <= last_place[:, None]
     check_target(torch.where((wrong & reached).any(dim=1), torch.nan, 0.0))
     return torch.where(wrong[..., None], -math.log(logp.shape[2]), logp)
 
