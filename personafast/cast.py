@@ -62,6 +62,7 @@ class Cast:
         self._merged: dict[Key, int] = {}
         self._models: dict[int, Patch] = {}
         self._merged_models: dict[Key, Patch] = {}
+        self._addable: dict[str, bool] = {}
         self._seen: int | None = None
 
     def install(self) -> None:
@@ -136,8 +137,7 @@ class Cast:
 
     def mergeable(self, persona: Persona) -> bool:
         """Whether the persona's policies, prompts left aside, can be added into one set of weights."""
-        names = [name for name, weight in persona.policies.items() if weight and not self._is_prompt(name)]
-        return bool(names) and len({self._is_model(name) for name in names}) == 1
+        return self._of_one_kind(persona) and all(self._can_add(name) for name, _ in self._merge_key(persona, 1.0))
 
     def rows(
         self,
@@ -299,11 +299,13 @@ class Cast:
                 raise PersonafastError("sampler: 'merge' adds weights, and prompts have none; use 'direct'")
             if strict and persona.base is not None:
                 raise PersonafastError("sampler: 'merge' has no base; leave Persona(base=...) out or use 'direct'")
-            if not self.mergeable(persona):
+            if not self._of_one_kind(persona):
                 if strict and any(persona.policies.values()):
                     raise PersonafastError(
                         "sampler: 'merge' cannot add LoRA policies to separate models; use policies of one kind"
                     )
+                continue
+            if not strict and not self.mergeable(persona):
                 continue
             key = self._merge_key(persona, scale)
             (of_models if self._of_models(dict(key)) else needed).append(key)
@@ -317,6 +319,19 @@ class Cast:
         keys = kept[max(0, len(kept) + len(needed) - _MERGED) :] + needed
         self._merged = {key: len(self._adapter_names) + slot for slot, key in enumerate(keys)}
         self._fill_adapters()
+
+    def _of_one_kind(self, persona: Persona) -> bool:
+        names = [name for name, weight in persona.policies.items() if weight and not self._is_prompt(name)]
+        return bool(names) and len({self._is_model(name) for name in names}) == 1
+
+    def _can_add(self, name: str) -> bool:
+        """Whether a policy's weights fit the reference's; a separate model's may be of another architecture."""
+        if not self._is_model(name):
+            return True
+        if name not in self._addable:
+            assert self.policies is not None
+            self._addable[name] = self.policies.can_merge([name])
+        return self._addable[name]
 
     def _merge_key(self, persona: Persona, scale: float) -> Key:
         weights = {name: weight for name, weight in persona.policies.items() if weight and not self._is_prompt(name)}

@@ -279,7 +279,7 @@ class PersonaHandle:
 
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
-        scr = scr_options or ScrOptions(**({} if chunk is None else {"chunk": chunk}), carry=carry)
+        scr = scr_options or ScrOptions(chunk=ScrOptions.chunk if chunk is None else chunk, carry=carry)
         options = Options(
             sampler=sampler,
             seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from personafast.density.peft_lora import live_policies
 from personafast.errors import PersonafastError, UnsupportedModelError
 from personafast.models.anatomy import Anatomy, anatomy
 from personafast.models.checkpoint import load_model, local_tokenizer
-from personafast.models.merged import merge_models
+from personafast.models.merged import check_mergeable, merge_models
 from personafast.models.wrappers import bypass, unwrapped, wrapped_layers
 
 if TYPE_CHECKING:
@@ -266,6 +266,16 @@ class PolicySet:
             found = merge_models(self.reference, models)
         self._merges[key] = found  # the last used stands last
         return found
+
+    def can_merge(self, names: Iterable[str]) -> bool:
+        """Whether `merged` can add these members, which need not be of the reference's architecture."""
+        if next(wrapped_layers(self.reference), None) is not None:
+            return False
+        try:
+            check_mergeable(self.reference, {name: self._model(name) for name in names})
+        except PersonafastError:
+            return False
+        return True
 
     def _model(self, name: str) -> nn.Module:
         model = self.members[name].model

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from helpers import voices
+import torch
+from helpers import tiny, voices
 from helpers.voices import PERSONAS, chats, speak
 
 import personafast as pf
@@ -65,3 +66,15 @@ def test_samplers_that_need_chance_say_so_when_there_is_none(net, handle, sample
     out = speak(net, handle, chats(), LINEAR, sampler=sampler, return_dict_in_generate=True)
     assert out.stats.notes == [f"{sampler} without sampling is greedy decoding of the target: by `direct`"]
     assert out.sequences[:, -voices.NEW :].equal(speak(net, handle, chats(), LINEAR))
+
+
+@pytest.mark.parametrize("sampler", ["auto", "verify", "block"])
+def test_models_that_cannot_be_merged_are_drafted_for_by_the_reference(net, sampler):
+    """Policies need the reference's vocabulary, not its architecture."""
+    other = tiny.model("gpt2", seed=4)
+    with pf.attach(net, policies=pf.PolicySet.from_models(net, {"other": other})) as found:
+        persona = pf.Persona(policies={"other": 0.6})
+        expected = speak(net, found, chats(), persona)
+        assert torch.equal(speak(net, found, chats(), persona, sampler=sampler), expected)
+        with pytest.raises(pf.PersonafastError, match="merging needs models of one architecture"):
+            speak(net, found, chats(), persona, sampler="merge")

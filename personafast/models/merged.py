@@ -31,9 +31,7 @@ def merge_models(reference: nn.Module, models: Mapping[str, tuple[nn.Module, flo
         PersonafastError: parameters or buffers differ in name or shape, buffers in value, or a parameter holds no
             floats (quantised) or is not in memory.
     """
-    for name, (model, _) in models.items():
-        _check_parameters(name, dict(reference.named_parameters()), dict(model.named_parameters()))
-        _check_buffers(name, dict(reference.named_buffers()), dict(model.named_buffers()))
+    check_mergeable(reference, {name: model for name, (model, _) in models.items()})
     theirs = [(dict(model.named_parameters()), alpha) for model, alpha in models.values()]
     made: dict[int, Any] = {}
     # No inference tensors, whatever mode the caller is in: the result may be used in another.
@@ -43,6 +41,13 @@ def merge_models(reference: nn.Module, models: Mapping[str, tuple[nn.Module, flo
         with _without_personas(reference):
             # The parameters are in the memo, so that this copies the structure only; tied ones stay tied.
             return copy.deepcopy(reference, made)
+
+
+def check_mergeable(reference: nn.Module, models: Mapping[str, nn.Module]) -> None:
+    """Raise what `merge_models` raises."""
+    for name, model in models.items():
+        _check_parameters(name, dict(reference.named_parameters()), dict(model.named_parameters()))
+        _check_buffers(name, dict(reference.named_buffers()), dict(model.named_buffers()))
 
 
 def _sum(own: nn.Parameter, others: list[tuple[nn.Parameter, float]]) -> nn.Parameter:
