@@ -174,7 +174,7 @@ def _decoding(case: Record) -> str:
             ]
         )
     title = (
-        f"`{case['name']}`: {model['parameters'] / 1e9:.2f} B random parameters in {model['dtype']} "
+        f"`{case['name']}`: {_count(model['parameters'])} random parameters in {model['dtype']} "
         f"({model['num_hidden_layers']} layers of {model['hidden_size']}, {model['vocab_size']} words), "
         f"{case['rows']} row{'s' if case['rows'] > 1 else ''}, {case['tokens']} tokens timed, {case['rounds']} rounds."
     )
@@ -212,6 +212,10 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         _size(entry["resident_bytes"]) if "resident_bytes" in entry else "",
         _size(entry["extra_memory_bytes"]) if "extra_memory_bytes" in entry else "",
     ]
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.0f} M"
 
 
 def _ratio(value: float) -> str:
