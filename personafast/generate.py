@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -346,9 +347,12 @@ def check_room(patch: Patch, rows: Sequence[Row], new: int) -> None:
 
 def _draws(options: Options, rows: int, device: torch.device) -> Draws:
     if options.seeds is not None:
-        if len(options.seeds) != rows:
-            raise PersonafastError(f"seeds: {len(options.seeds)} given for {rows} rows; give one a row")
-        seeds = [int(seed) for seed in options.seeds]
+        try:
+            seeds = [operator.index(seed) for seed in options.seeds]
+        except TypeError:
+            raise PersonafastError(f"seeds: expected one whole number a row, got {options.seeds!r}") from None
+        if len(seeds) != rows:
+            raise PersonafastError(f"seeds: {len(seeds)} given for {rows} rows; give one a row")
         if not all(0 <= seed < 2**63 for seed in seeds):
             raise PersonafastError("seeds: a seed is not in 0 .. 2**63 - 1")
     else:

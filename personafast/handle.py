@@ -19,7 +19,7 @@ from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
 from personafast.models.patch import Patch
-from personafast.options import Options
+from personafast.options import DRAFTS, Options
 from personafast.persona import Persona
 
 if TYPE_CHECKING:
@@ -73,8 +73,16 @@ def attach(
     """
     if max_personas < 1:
         raise PersonafastError(f"max_personas: {max_personas} is not at least 1")
+    if not isinstance(model, nn.Module):
+        raise PersonafastError(f"model: expected a transformers causal LM, got {type(model).__name__}")
     if _MARK in model.__dict__:
         raise PersonafastError("model: personas are attached already; call detach() on the first handle")
+    from personafast.policies import PolicySet as Policies
+
+    if library is not None and not isinstance(library, PersonaLibrary):
+        raise PersonafastError(f"library: expected a PersonaLibrary or None, got {type(library).__name__}")
+    if policies is not None and not isinstance(policies, Policies):
+        raise PersonafastError(f"policies: expected a PolicySet or None, got {type(policies).__name__}")
     parts = anatomy(model)
     library = library if library is not None else PersonaLibrary(parts.shape)
     library.check(parts)
@@ -278,7 +286,9 @@ class PersonaHandle:
 
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
-        scr = scr_options or ScrOptions(chunk=ScrOptions.chunk if chunk is None else chunk, carry=carry)
+        scr = scr_options
+        if scr is None:
+            scr = ScrOptions(chunk=ScrOptions.chunk if chunk is None else chunk, carry=carry)
         options = Options(
             sampler=sampler,
             seed=seed,
@@ -343,6 +353,10 @@ class PersonaHandle:
     def _drafting(self, draft: Any) -> Iterator[Any]:
         """Let a draft model, if one is given, run through a patch."""
         if not isinstance(draft, nn.Module):
+            if not isinstance(draft, str) and not all(hasattr(draft, name) for name in ("draft", "commit", "keep")):
+                raise PersonafastError(
+                    f"draft: expected one of {', '.join(DRAFTS)}, a model or a Drafter, got {type(draft).__name__}"
+                )
             yield draft
             return
         known = self.cast.patch_of(draft)
