@@ -271,6 +271,8 @@ class PersonaHandle:
             draft_confidence: a draft ends after a token of less probability than this.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
             scr_options: all of the open parameters of "scr"; overrides `chunk` and `carry` there.
+            logits_processor: act on the target. "verify" and "block" call them at drafted places too, so they may hold
+                no state there and must bear a text that they forbid.
             stop_strings: texts that end a row.
             streamer: a transformers streamer; give it through `bind`, `model.generate` keeps its own to itself.
             prepared: what transformers prepares for a decoding loop; `attention_mask` is used.
@@ -328,7 +330,7 @@ class PersonaHandle:
         given = [persona for persona in personas if persona is not None and persona.has_ratios]
         mergeable = bool(given) and all(self.cast.mergeable(persona) for persona in given)
         if options.sampler == "auto":
-            from personafast.generate import warper_of_targets
+            from personafast.generate import processor_of_steps, warper_of_targets
 
             call = Call(
                 rows=len(personas),
@@ -342,6 +344,10 @@ class PersonaHandle:
             )
             choice = choose(call)
             options = replace(options, sampler=choice.sampler, notes=(choice.why,))
+            stateful = processor_of_steps(processors)
+            if choice.sampler == "block" and stateful is not None:
+                why = f"auto: direct, since {stateful} must see every token once, and drafts show it others"
+                options = replace(options, sampler="direct", notes=(why,))
         if options.sampler in ("verify", "block"):
             if isinstance(options.draft, str) and options.draft == "auto":
                 options = replace(options, draft="merge" if mergeable else "reference")
