@@ -112,7 +112,7 @@ class Cast:
     def spread(self, personas: Any, rows: int, repeats: int = 1) -> list[Persona | None]:
         """One persona a row, from one for all, one a row, or one for each `repeats` rows that follow each other."""
         self.refresh()
-        given = list(personas) if isinstance(personas, Sequence) else [personas]
+        given = list(personas) if isinstance(personas, Sequence) and not isinstance(personas, str) else [personas]
         if len(given) not in {1, rows, rows // repeats}:
             raise PersonafastError(
                 f"personas: {len(given)} given for {rows // repeats} rows; give one a row (None for the plain model)"

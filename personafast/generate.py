@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -12,9 +13,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.logits_process import (
     LogitNormalization,
     MinPLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -48,6 +51,8 @@ _STATELESS = (
     MinPLogitsWarper,
     LogitNormalization,
 )
+# These remember the steps they have seen, and would take those of a draft for the text.
+_STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 # The rules that are power means, and their exponents.
 _POWERS = {"harmonic": -1.0}
 
@@ -256,6 +261,12 @@ def decode(
     if sampler in ("scr", "mixture", "token_rs") and not config.do_sample:
         transcript.stats.notes.append(f"{sampler} without sampling is greedy decoding of the target: by `direct`")
         sampler = "direct"
+    stateful = processor_of_steps(processors) if sampler in ("verify", "block") else None
+    if stateful is not None:
+        raise PersonafastError(
+            f"sampler: {sampler!r} calls processors at drafted places too, and {stateful} remembers what it has seen; "
+            "turn it off or use sampler='direct'"
+        )
     call = _Call(patch, rows, prompt, options, config, processors, transcript)
     call.run(sampler)
     _report_clamping(call.rule, transcript.stats)
@@ -346,9 +357,12 @@ def check_room(patch: Patch, rows: Sequence[Row], new: int) -> None:
 
 def _draws(options: Options, rows: int, device: torch.device) -> Draws:
     if options.seeds is not None:
-        if len(options.seeds) != rows:
-            raise PersonafastError(f"seeds: {len(options.seeds)} given for {rows} rows; give one a row")
-        seeds = [int(seed) for seed in options.seeds]
+        try:
+            seeds = [operator.index(seed) for seed in options.seeds]
+        except TypeError:
+            raise PersonafastError(f"seeds: expected one whole number a row, got {options.seeds!r}") from None
+        if len(seeds) != rows:
+            raise PersonafastError(f"seeds: {len(seeds)} given for {rows} rows; give one a row")
         if not all(0 <= seed < 2**63 for seed in seeds):
             raise PersonafastError("seeds: a seed is not in 0 .. 2**63 - 1")
     else:
@@ -381,6 +395,11 @@ def warper_of_targets(processors: Sequence[Any], config: Any) -> str | None:
     A mixture cannot take it, or, as the temperature, takes it policy by policy, which is another target.
     """
     return next((type(p).__name__ for p in processors if not _makes_support(p, config)), None)
+
+
+def processor_of_steps(processors: Sequence[Any]) -> str | None:
+    """The name of a processor that must see every token once, in order, as no draft lets it; None without one."""
+    return next((type(p).__name__ for p in processors if isinstance(p, _STATEFUL)), None)
 
 
 def _as_mixture(rule: Rule, plain: torch.Tensor | None) -> Rule:

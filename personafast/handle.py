@@ -19,7 +19,7 @@ from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
 from personafast.models.patch import Patch
-from personafast.options import Options
+from personafast.options import DRAFTS, Options
 from personafast.persona import Persona
 
 if TYPE_CHECKING:
@@ -73,8 +73,16 @@ def attach(
     """
     if max_personas < 1:
         raise PersonafastError(f"max_personas: {max_personas} is not at least 1")
+    if not isinstance(model, nn.Module):
+        raise PersonafastError(f"model: expected a transformers causal LM, got {type(model).__name__}")
     if _MARK in model.__dict__:
         raise PersonafastError("model: personas are attached already; call detach() on the first handle")
+    from personafast.policies import PolicySet as Policies
+
+    if library is not None and not isinstance(library, PersonaLibrary):
+        raise PersonafastError(f"library: expected a PersonaLibrary or None, got {type(library).__name__}")
+    if policies is not None and not isinstance(policies, Policies):
+        raise PersonafastError(f"policies: expected a PolicySet or None, got {type(policies).__name__}")
     parts = anatomy(model)
     library = library if library is not None else PersonaLibrary(parts.shape)
     library.check(parts)
@@ -264,6 +272,8 @@ class PersonaHandle:
                 with p / (p + draft_doubt (1 - p)); 0 always drafts `chunk` tokens.
             retries: proposals of "token_rs" before the token is drawn from the target itself, which is as exact.
             scr_options: all of the open parameters of "scr"; overrides `chunk` and `carry` there.
+            logits_processor: act on the target. "verify" and "block" call them at drafted places too, so they may hold
+                no state there and must bear a text that they forbid.
             stop_strings: texts that end a row.
             streamer: a transformers streamer; give it through `bind`, `model.generate` keeps its own to itself.
             prepared: what transformers prepares for a decoding loop; `attention_mask` is used.
@@ -279,7 +289,9 @@ class PersonaHandle:
 
         self._check_call(model, generation_config, prepared)
         processors: Any = logits_processor if logits_processor is not None else []
-        scr = scr_options or ScrOptions(chunk=ScrOptions.chunk if chunk is None else chunk, carry=carry)
+        scr = scr_options
+        if scr is None:
+            scr = ScrOptions(chunk=ScrOptions.chunk if chunk is None else chunk, carry=carry)
         options = Options(
             sampler=sampler,
             seed=seed,
@@ -319,7 +331,7 @@ class PersonaHandle:
         given = [persona for persona in personas if persona is not None and persona.has_ratios]
         mergeable = bool(given) and all(self.cast.mergeable(persona) for persona in given)
         if options.sampler == "auto":
-            from personafast.generate import warper_of_targets
+            from personafast.generate import processor_of_steps, warper_of_targets
 
             call = Call(
                 rows=len(personas),
@@ -333,6 +345,10 @@ class PersonaHandle:
             )
             choice = choose(call)
             options = replace(options, sampler=choice.sampler, notes=(choice.why,))
+            stateful = processor_of_steps(processors)
+            if choice.sampler == "block" and stateful is not None:
+                why = f"auto: direct, since {stateful} must see every token once, and drafts show it others"
+                options = replace(options, sampler="direct", notes=(why,))
         if options.sampler in ("verify", "block"):
             if isinstance(options.draft, str) and options.draft == "auto":
                 options = replace(options, draft="merge" if mergeable else "reference")
@@ -344,6 +360,10 @@ class PersonaHandle:
     def _drafting(self, draft: Any) -> Iterator[Any]:
         """Let a draft model, if one is given, run through a patch."""
         if not isinstance(draft, nn.Module):
+            if not isinstance(draft, str) and not all(hasattr(draft, name) for name in ("draft", "commit", "keep")):
+                raise PersonafastError(
+                    f"draft: expected one of {', '.join(DRAFTS)}, a model or a Drafter, got {type(draft).__name__}"
+                )
             yield draft
             return
         known = self.cast.patch_of(draft)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from personafast.density.scr import ScrOptions
@@ -38,6 +39,14 @@ class Options:
             raise PersonafastError(
                 f"draft: {self.draft!r} is not one of {', '.join(DRAFTS)}, nor a model or a Drafter of your own"
             )
+        if not isinstance(self.scr, ScrOptions):
+            raise PersonafastError(f"scr_options: expected ScrOptions or None, got {type(self.scr).__name__}")
+        if self.seed is not None and not isinstance(self.seed, Integral):
+            raise PersonafastError(f"seed: {self.seed!r} is not a whole number")
+        for name in ("min_p", "policy_temperature", "draft_scale", "draft_confidence"):
+            number = getattr(self, name)
+            if number is not None and not isinstance(number, Real):
+                raise PersonafastError(f"{name}: {number!r} is not a number")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise PersonafastError(f"min_p: {self.min_p} is not in [0, 1]")
         if not 0 < self.policy_temperature < float("inf"):

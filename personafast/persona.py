@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from personafast.errors import PersonafastError
@@ -89,14 +90,16 @@ class Persona:
         if self.base is not None and (not isinstance(self.base, str) or not self.base):
             raise PersonafastError(f"base: expected the name of a policy or None, got {self.base!r}")
         if not callable(self.aggregator):
-            rule = DIVERGENCES.get(self.aggregator, self.aggregator)
+            rule = DIVERGENCES.get(self.aggregator, self.aggregator) if isinstance(self.aggregator, str) else ""
             if rule not in AGGREGATORS:
                 known = ", ".join([*AGGREGATORS, *DIVERGENCES])
                 raise PersonafastError(f"aggregator: {self.aggregator!r} is not one of {known}, nor a function")
             object.__setattr__(self, "aggregator", rule)
             self._check_weights(rule)
-        if not math.isfinite(self.p):
-            raise PersonafastError(f"p: {self.p} is not a finite number; use aggregator='min' or 'max' for the limits")
+        if not isinstance(self.p, Real) or not math.isfinite(self.p):
+            raise PersonafastError(
+                f"p: {self.p!r} is not a finite number; use aggregator='min' or 'max' for the limits"
+            )
         if self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(int(block) for block in self.blocks))
 

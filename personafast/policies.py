@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,9 +23,6 @@ from personafast.models.anatomy import Anatomy, anatomy
 from personafast.models.checkpoint import load_model, local_tokenizer
 from personafast.models.merged import check_mergeable, merge_models
 from personafast.models.wrappers import bypass, unwrapped, wrapped_layers
-
-if TYPE_CHECKING:
-    pass
 
 KINDS = ("adapter", "model", "prompt")
 # Merged models kept; each may hold as many weights as the reference.
@@ -242,11 +240,13 @@ class PolicySet:
             PersonafastError: an unknown name, a weight that is not finite, a member of non-zero weight that is no
                 separate model, adapters in the reference, or models that differ in their parameters.
         """
-        checked = {}
+        if not isinstance(weights, Mapping):
+            raise PersonafastError(f"weights: expected a mapping of name to number, got {type(weights).__name__}")
+        checked: dict[str, float] = {}
         for name, weight in weights.items():
             self._check_name("weights", name)
-            if not math.isfinite(weight):
-                raise PersonafastError(f"weights[{name!r}]: {weight} is not a finite number")
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise PersonafastError(f"weights[{name!r}]: {weight!r} is not a finite number")
             if weight and self.members[name].kind != "model":
                 raise PersonafastError(
                     f"merged: {name!r} is {_article(self.members[name].kind)}, and only separate models add up to "

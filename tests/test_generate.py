@@ -175,3 +175,13 @@ def test_a_callers_own_min_p_warper_acts_on_the_target(net, handle, sampler):
         greedy = speak(net, handle, chats(), persona)
         options = {"do_sample": True, "seed": 1, "sampler": sampler, "logits_processor": processors}
         assert torch.equal(speak(net, handle, chats(), persona, **options), greedy)
+
+
+def test_a_processor_that_remembers_its_steps_is_kept_from_drafts(net, handle):
+    options = {"guidance_scale": 1.7}
+    for sampler in ("verify", "block"):
+        with pytest.raises(pf.PersonafastError, match=rf"^sampler: '{sampler}' .*Unbatched.* use sampler='direct'$"):
+            speak(net, handle, chats(), PERSONAS["separate"], sampler=sampler, **options)
+    expected = speak(net, handle, chats(), PERSONAS["separate"], **options)
+    found = speak(net, handle, chats(), PERSONAS["separate"], sampler="auto", return_dict_in_generate=True, **options)
+    assert torch.equal(found.sequences[:, -voices.NEW :], expected) and "Unbatched" in found.stats.notes[0]

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from helpers import exact, tiny, voices
-from helpers.voices import NEW, PERSONAS, Recorder, chats, speak
+from helpers.voices import NEW, PERSONAS, Recorder, chats, row_of, speak
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import personafast as pf
 from personafast.density.draft import Draft
+from personafast.density.scr import ScrOptions
 from personafast.models.anatomy import anatomy
 
 pytestmark = [pytest.mark.usefixtures("reference_backend"), pytest.mark.filterwarnings("ignore:A decoder-only")]
@@ -289,3 +290,40 @@ def test_detach_restores_separate_models_and_merges_bit_for_bit(net):
             assert "forward" not in part.__dict__ and not part._forward_hooks and not part._forward_pre_hooks
     with pytest.raises(pf.PersonafastError, match="detached"):
         speak(net, handle, chats(), None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"personas": "creative"}, "personas: expected Persona or None, got str"),
+        ({"scr_options": {"chunk": 3}, "sampler": "scr"}, "scr_options: expected ScrOptions or None, got dict"),
+        ({"seed": "x"}, "seed: 'x' is not a whole number"),
+        ({"seeds": [1.5]}, "seeds: expected one whole number a row"),
+        ({"seeds": 5}, "seeds: expected one whole number a row, got 5"),
+        ({"min_p": "0.1"}, "min_p: '0.1' is not a number"),
+        ({"policy_temperature": "1"}, "policy_temperature: '1' is not a number"),
+        ({"draft": 5, "sampler": "block"}, "draft: expected one of auto, .*, got int"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(net, handle, more, message):
+    options = {"personas": pf.Persona(policies={"formal": 0.5}), "do_sample": True, **more}
+    with pytest.raises(pf.PersonafastError, match=f"^{message}"):
+        speak(net, handle, row_of(chats(), 0), options.pop("personas"), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: ScrOptions(chunk="4"), "chunk: '4' is not a whole number"),
+        (lambda net: ScrOptions(gamma="2"), "gamma: '2' is not a number"),
+        (lambda net: pf.Persona(policies={"p": 1}, aggregator="power", p="2"), "p: '2' is not a finite number"),
+        (lambda net: pf.Persona(policies={"p": 1}, aggregator=["linear"]), r"aggregator: \['linear'\] is not one of"),
+        (lambda net: pf.attach(net, "personas/"), "library: expected a PersonaLibrary or None, got str"),
+        (lambda net: pf.attach(net, policies={"a": net}), "policies: expected a PolicySet or None, got dict"),
+        (lambda net: pf.attach("gpt2"), "model: expected a transformers causal LM, got str"),
+        (lambda net: pf.PolicySet.from_prompts(net, {"a": "b"}).merged(["a"]), "weights: expected a mapping"),
+    ],
+)
+def test_constructors_name_what_is_of_the_wrong_kind(net, make, message):
+    with pytest.raises(pf.PersonafastError, match=f"^{message}"):
+        make(net)

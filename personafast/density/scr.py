@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -53,8 +54,15 @@ class ScrOptions:
 
     def __post_init__(self) -> None:
         for name in ("chunk", "window", "warmup", "retries"):
-            if getattr(self, name) < 1:
-                raise PersonafastError(f"{name}: {getattr(self, name)} is not at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise PersonafastError(f"{name}: {value!r} is not a whole number")
+            if value < 1:
+                raise PersonafastError(f"{name}: {value} is not at least 1")
+        for name in ("gamma", "proposal_temperature"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise PersonafastError(f"{name}: {value!r} is not a number")
         if not (math.isfinite(self.gamma) and self.gamma >= 1):
             raise PersonafastError(f"gamma: {self.gamma} is not a finite number of at least 1")
         t = self.proposal_temperature
