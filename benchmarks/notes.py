@@ -37,11 +37,11 @@ NOTES: dict[str, str] = {
     "chunk_scores": "A few hundred bytes a call: what is measured is the call itself, not memory.",
     "philox.uniform": "A few numbers a call: what is measured is the call itself, not memory.",
     "blend": (
-        "Members that share a base share its reads: what policies add is their factors, their own keys and values, and, "
-        "from about 16 rows, arithmetic, so that the time of 16 policies against that of one moves between 1.4 and 1.65 "
-        "with what else the shared cores do. PEFT's loop has its four adapters loaded and keeps a cache for each member. "
-        "Token-level rejection proposes again from the logits it has, at no cost, though one proposal in ten stands; a "
-        "chunk of four gives `scr` 2.0 tokens for its four passes of the reference and one of each policy. The published "
-        "3x over token-level rejection needs proposals that cost passes of the policies."
+        "Members that share a base share its reads: what policies add is their factors, their own keys and values, "
+        "and, from about 16 rows, arithmetic, so that the time of 16 policies against that of one moves between 1.4 "
+        "and 1.65 with what else the shared cores do. PEFT's loop has its four adapters loaded and keeps a cache for "
+        "each member. Token-level rejection proposes again from the logits it has, at no cost, though one proposal in "
+        "ten stands; a chunk of four gives `scr` 2.0 tokens for its four passes of the reference and one of each "
+        "policy. The published 3x over token-level rejection needs proposals that cost passes of the policies."
     ),
 }
