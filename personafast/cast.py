@@ -15,6 +15,7 @@ from personafast.density.prompting import SystemPrompts
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
+from personafast.models.cache import goes_on_by_row
 from personafast.models.patch import Patch
 from personafast.models.rows import NOBODY, RowSlots
 from personafast.persona import Persona
@@ -134,6 +135,16 @@ class Cast:
     def separate(self, persona: Persona) -> bool:
         """Whether a policy of the persona is a model of its own."""
         return any(self._is_model(name) for name in _named(persona))
+
+    def goes_on_by_row(self, personas: Iterable[Persona], length: int) -> bool:
+        """Whether rows of these personas, of up to `length` tokens, may accept different numbers of tokens."""
+        models = {id(self.patch): self.patch.model}
+        for persona in personas:
+            for name in _named(persona):
+                model = self._members[name].model if name in self._members else None
+                if model is not None:
+                    models[id(model)] = model
+        return all(goes_on_by_row(model, length) for model in models.values())
 
     def mergeable(self, persona: Persona) -> bool:
         """Whether the persona's policies, prompts left aside, can be added into one set of weights."""

@@ -342,6 +342,7 @@ class PersonaHandle:
                 sampling=bool(config.do_sample),
                 other_warpers=warper_of_targets(processors, config),
                 mergeable=mergeable,
+                by_row=self.cast.goes_on_by_row(given, int(config.max_length)),
             )
             choice = choose(call)
             options = replace(options, sampler=choice.sampler, notes=(choice.why,))

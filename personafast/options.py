@@ -43,7 +43,7 @@ class Options:
             raise PersonafastError(f"scr_options: expected ScrOptions or None, got {type(self.scr).__name__}")
         if self.seed is not None and not isinstance(self.seed, Integral):
             raise PersonafastError(f"seed: {self.seed!r} is not a whole number")
-        for name in ("min_p", "policy_temperature", "draft_scale", "draft_confidence"):
+        for name in ("min_p", "policy_temperature", "draft_scale", "draft_doubt"):
             number = getattr(self, name)
             if number is not None and not isinstance(number, Real):
                 raise PersonafastError(f"{name}: {number!r} is not a number")

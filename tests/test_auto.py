@@ -78,3 +78,17 @@ def test_models_that_cannot_be_merged_are_drafted_for_by_the_reference(net, samp
         assert torch.equal(speak(net, found, chats(), persona, sampler=sampler), expected)
         with pytest.raises(pf.PersonafastError, match="merging needs models of one architecture"):
             speak(net, found, chats(), persona, sampler="merge")
+
+
+def test_rows_that_cannot_go_on_by_different_counts_are_left_to_direct():
+    """Gemma 2 attends to windows of columns: longer texts cannot be rolled back row by row."""
+    net = tiny.model("gemma2")
+    net.config.sliding_window = 8
+    policies = pf.PolicySet.from_models(net, {"stern": tiny.model("gemma2", 3)})
+    persona = pf.Persona(policies={"stern": 1.0})
+    batch = chats()
+    with pf.attach(net, policies=policies) as handle:
+        for rows, wanted in ((2, "direct, since a model"), (1, "block, ")):
+            few = {key: value[:rows] for key, value in batch.items()}
+            out = speak(net, handle, few, persona, sampler="auto", return_dict_in_generate=True, **DRAWN)
+            assert out.stats.notes[0].startswith(f"auto: {wanted}")

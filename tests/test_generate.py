@@ -23,7 +23,7 @@ def handle(net):
 def test_processors_that_count_columns_do_so_for_every_row(net, handle, sampler):
     """Rows of one batch get on by different counts; none may end before its own twelfth token."""
     batch = {name: part[:1].repeat(24, 1) for name, part in chats().items()}
-    options = {"do_sample": True, "seed": 5, "eos_token_id": list(range(3, 40)), "chunk": 4, "draft_confidence": 0.0}
+    options = {"do_sample": True, "seed": 5, "eos_token_id": list(range(3, 40)), "chunk": 4, "draft_doubt": 0.0}
     out = speak(net, handle, batch, PERSONAS["lora"], sampler=sampler, max_new_tokens=14, min_new_tokens=12, **options)
     assert not ((out[:, :11] >= 3) & (out[:, :11] < 40)).any()
 

@@ -21,6 +21,7 @@ class Call:
         sampling: False for greedy decoding.
         other_warpers: name of a processor that acts on the target, a temperature among them, or None.
         mergeable: whether every row's policies can be added into one set of weights.
+        by_row: whether the models let rows accept different numbers of tokens.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class Call:
     sampling: bool
     other_warpers: str | None
     mergeable: bool
+    by_row: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def choose(call: Call) -> Choice:
     if call.mixture and call.sampling and call.other_warpers is None:
         why = "auto: mixture, since the linear rule lets one policy speak at a time; min_p acts on the one that speaks"
         return Choice("mixture", draft, why)
+    if call.separate and call.rows > 1 and not call.by_row:
+        why = "auto: direct, since a model of these cannot let rows accept different numbers of tokens"
+        return Choice("direct", draft, why)
     if call.separate:
         why = "auto: block, since the policies are separate models and one pass of each scores a whole draft; drafts: "
         why += "the merge of the policies" if draft == "merge" else "the reference, since they cannot be merged"

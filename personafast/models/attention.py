@@ -17,32 +17,41 @@ _MARK = "_personafast_attention"
 _OTHERS = ("position_bias", "softcap", "s_aux", "cache")
 
 
-def patch_attention(model: nn.Module) -> bool:
-    """Let a model that uses transformers' sdpa attend through `attend`; whether it does. Only layers marked here do."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    layers = [part for part in model.modules() if hasattr(part, "num_key_value_groups")]
-    if getattr(text, "_attn_implementation", None) != "sdpa" or not layers:
-        return False
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+class AttentionPatch:
+    """Lets a model that uses transformers' sdpa attend through `attend`, in the layers that are marked here."""
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    for layer in layers:
-        layer.__dict__[_MARK] = True
-    text._attn_implementation = NAME
-    return True
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = getattr(model, "config", None)
+        self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._named = False
+        implementation = getattr(self._config, "_attn_implementation", None)
+        # A model may carry the name already: another handle's, or a copy of an attached one.
+        self._layers = [
+            part
+            for part in model.modules()
+            if implementation in ("sdpa", NAME) and hasattr(part, "num_key_value_groups") and _MARK not in part.__dict__
+        ]
+        if not self._layers:
+            return
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        for layer in self._layers:
+            layer.__dict__[_MARK] = True
+        if implementation == "sdpa":
+            self._config._attn_implementation = NAME
+            self._named = True
 
-def unpatch_attention(model: nn.Module) -> None:
-    """Take it back."""
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text._attn_implementation == NAME:
-        text._attn_implementation = "sdpa"
-    for part in model.modules():
-        part.__dict__.pop(_MARK, None)
+    def remove(self) -> None:
+        """Take back what this one did."""
+        for layer in self._layers:
+            layer.__dict__.pop(_MARK, None)
+        self._layers = []
+        if self._named and self._config._attn_implementation == NAME:
+            self._config._attn_implementation = "sdpa"
+        self._named = False
 
 
 def attend(

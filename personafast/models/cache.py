@@ -172,6 +172,15 @@ class RaggedContext:
                 setattr(layer, name, change(getattr(layer, name)))
 
 
+def goes_on_by_row(model: nn.Module, length: int) -> bool:
+    """Whether rows of up to `length` tokens can be rolled back, or go on, by different counts."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if "position_ids" not in inspect.signature(base.forward).parameters or _chunked_attention(model):
+        return False
+    window = _sliding_window(model)
+    return window is None or length <= window
+
+
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model with a table of learned positions has; None for rotary and relative ones."""
     most = getattr(_text_config(model), "max_position_embeddings", None)

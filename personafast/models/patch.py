@@ -18,7 +18,7 @@ from torch import nn
 from personafast import ops
 from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
-from personafast.models.attention import patch_attention, unpatch_attention
+from personafast.models.attention import AttentionPatch
 from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
@@ -76,6 +76,7 @@ class Patch:
         self._now: dict[str, TokenSlots] = {}
         self._shape = (0, 0)
         self._hooks: list[Any] = []
+        self._attention: AttentionPatch | None = None
         # Linear -> the forward it had of its own, if any, and ours.
         self._patched: dict[nn.Module, tuple[Any, Any]] = {}
 
@@ -94,7 +95,7 @@ class Patch:
         head = self.parts.head
         if head is not None and _is_stock(head) and head not in self._patched:
             self._replace_forward(head, functools.partial(_plain, head))
-        patch_attention(self.model)
+        self._attention = AttentionPatch(self.model)
         for norm, eps in find_norms(self.model):
             self._replace_forward(norm, functools.partial(_norm, norm, eps))
         for mlp in find_mlps(self.model):
@@ -109,7 +110,9 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        unpatch_attention(self.model)
+        if self._attention is not None:
+            self._attention.remove()
+            self._attention = None
         for linear, (previous, ours) in self._patched.items():
             if linear.__dict__.get("forward") is not ours:
                 continue  # somebody else has wrapped it since; without personas it is the plain linear inside theirs

@@ -51,11 +51,12 @@ def test_decoding_is_what_the_model_computes(key_heads, padded, calls):
         mask[0, :4] = 0
     parts = [10, 1, 1, 5, 1, 2]
     plain = steps(net, ids, mask, parts)
-    assert calls == [] and attention.patch_attention(net)
+    assert calls == []
+    patch = attention.AttentionPatch(net)
     try:
         found = steps(net, ids, mask, parts)
     finally:
-        attention.unpatch_attention(net)
+        patch.remove()
     assert len(calls) == tiny.BLOCKS * (len(parts) - 1)
     live = mask.bool()
     torch.testing.assert_close(found[live], plain[live], rtol=1e-4, atol=1e-4)
@@ -67,7 +68,28 @@ def test_the_reference_backend_leaves_it_to_transformers(calls):
     net = tiny.model("llama")
     ids = torch.arange(3, 12)[None]
     plain = steps(net, ids, torch.ones_like(ids), [6, 1, 2])
-    attention.patch_attention(net)
+    attention.AttentionPatch(net)
     with pf.ops.use_backend("reference"):
         assert torch.equal(steps(net, ids, torch.ones_like(ids), [6, 1, 2]), plain)
     assert calls == []
+
+
+@torch.no_grad()
+def test_patches_undo_what_they_did_and_no_more(calls):
+    """A draft that is attached elsewhere; and a copy of an attached model, which carries the name already."""
+    net = tiny.model("llama")
+    ids = torch.arange(3, 12)[None]
+    first = attention.AttentionPatch(net)
+    second = attention.AttentionPatch(net)
+    second.remove()
+    steps(net, ids, torch.ones_like(ids), [6, 1])
+    assert len(calls) == tiny.BLOCKS and net.config._attn_implementation == attention.NAME
+    fresh = tiny.model("llama")
+    fresh.config._attn_implementation = attention.NAME
+    own = attention.AttentionPatch(fresh)
+    steps(fresh, ids, torch.ones_like(ids), [6, 1])
+    assert len(calls) == 2 * tiny.BLOCKS
+    own.remove()
+    first.remove()
+    steps(net, ids, torch.ones_like(ids), [6, 1])
+    assert len(calls) == 2 * tiny.BLOCKS and net.config._attn_implementation == "sdpa"
