@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test test-all sanitize bench lint types format clean
+.PHONY: help install demo examples test test-triton test-all sanitize bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,11 +45,15 @@ examples: $(STAMP) ## Run the seed paper's first three experiments; write docs/e
 	done
 	$(PY) examples/report.py
 
-test: $(STAMP) ## Run the tests that fit a small machine
+test: $(STAMP) test-triton ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
+
+test-triton: $(STAMP) ## Run the Triton kernels in Triton's interpreter, without a GPU
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted -m "not slow"
 
 test-all: $(STAMP) sanitize ## Run every test, those that train the zoo's models and the sanitizers included
 	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted
 	$(PY) -m pytest --durations=10 $(ARGS)
 
 # Neither torch nor the Python module is needed here, so this target needs no installation.

@@ -19,3 +19,7 @@ class FormatError(PersonafastError):
 
 class BackendError(PersonafastError):
     """A backend was asked for by name and cannot run here."""
+
+
+class KernelError(BackendError):
+    """A kernel could not be compiled, loaded or launched."""

@@ -1,12 +1,17 @@
 """inject: hidden[t] += scale[t] * bank[slots[t]], in place, rows of slot -1 untouched.
 
-A program takes one row and one block of columns, reads its slot and leaves if there is nothing to add: 2 T H bytes of
-traffic a pass at 16 bit, and at decode sizes a single wave whose cost is its launch.
+A program takes one row and one block of columns, reads its slot and leaves if there is nothing to add: 2 T H elements
+of traffic, and at decode sizes a single wave whose cost is its launch.
 """
+
+from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from personafast._triton.launch import Config, launch
 
 
 @triton.jit
@@ -19,7 +24,6 @@ def inject_kernel(
     s_bank,
     n_bank,
     H,
-    HAS_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row t by one block of BLOCK columns; sums in fp32, rounded once to the dtype of hidden."""
@@ -31,19 +35,20 @@ def inject_kernel(
         m_h = o_h < H
         p_row = p_hidden + i_t * s_hidden + o_h
         b_added = tl.load(p_bank + b_slot * s_bank + o_h, mask=m_h, other=0.0).to(tl.float32)
-        if HAS_SCALE:
+        if p_scale is not None:
             b_added = b_added * tl.load(p_scale + i_t)
         b_hidden = tl.load(p_row, mask=m_h, other=0.0).to(tl.float32)
         tl.store(p_row, (b_hidden + b_added).to(p_hidden.dtype.element_ty), mask=m_h)
 
 
-def inject_config(H: int) -> dict[str, int | bool]:
+@functools.cache
+def inject_config(H: int) -> Config:
     """Block and options for rows of H columns: 8 elements a thread (16 bytes of bf16), at most 1024 columns a program.
 
     Product and sum stay apart, so that the bits are those of the reference.
     """
     block = min(1024, max(128, triton.next_power_of_2(H)))
-    return {"BLOCK": block, "num_warps": max(1, block // 256), "enable_fp_fusion": False}
+    return Config({"BLOCK": block}, num_warps=max(1, block // 256), enable_fp_fusion=False)
 
 
 def inject_(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -52,22 +57,21 @@ def inject_(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale
     Columns must be adjacent for the wide loads, so other layouts go through a copy.
     """
     T, H = hidden.shape
-    if T == 0 or H == 0:
-        return
     target = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     source = bank if bank.stride(1) == 1 else bank.contiguous()
     config = inject_config(H)
-    inject_kernel[(T, triton.cdiv(H, config["BLOCK"]))](
-        p_hidden=target,
-        p_bank=source,
-        p_slots=slots.contiguous(),
-        p_scale=slots if scale is None else scale.contiguous(),
-        s_hidden=target.stride(0),
-        s_bank=source.stride(0),
-        n_bank=bank.shape[0],
-        H=H,
-        HAS_SCALE=scale is not None,
-        **config,
+    launch(
+        inject_kernel,
+        (T, triton.cdiv(H, config.constants["BLOCK"]), 1),
+        config,
+        target,
+        source,
+        slots.contiguous(),
+        None if scale is None else scale.contiguous(),
+        target.stride(0),
+        source.stride(0),
+        bank.shape[0],
+        H,
     )
     if target is not hidden:
         hidden.copy_(target)

@@ -6,17 +6,32 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 
 from personafast.errors import BackendError, PersonafastError
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 VARIABLE = "PERSONAFAST_BACKEND"
 
 # operator -> backends that have a kernel of their own for it. An operator without any runs its vectorised torch form
-# under "cpu" and "triton" alike.
+# under every backend.
 KERNELS: dict[str, tuple[str, ...]] = {}
+
+
+class Limit(NamedTuple):
+    """The size of a call up to which a kernel is chosen automatically, and what the size counts."""
+
+    most: int
+    unit: str = "rows"
+
+
+# (operator, backend) -> where its kernel stops being the faster one. Asked for by name, a kernel takes any size.
+LIMITS: dict[tuple[str, str], Limit] = {}
+
+# Kernels that run on the tensors of a device, the best first.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _forced: str | None = None
 _environment_read = False
@@ -30,13 +45,15 @@ def _load(backend: str) -> ModuleType | str:
         name, mend = {
             "cpu": ("personafast._C", "build it with `pip install .`"),
             "triton": ("personafast._triton", "it needs `pip install triton` and an installed personafast"),
+            "cuda": ("personafast._C", "build it with `pip install .` where nvcc is found"),
         }[backend]
         try:
             if backend == "triton" and importlib.util.find_spec("triton") is None:
                 raise ImportError("No module named 'triton'")
             loaded = importlib.import_module(name)
-            if backend == "cpu":
-                loaded.build_info()
+            built = {} if backend == "triton" else loaded.build_info()
+            if backend == "cuda" and not built.get("cuda"):
+                raise ImportError("it was built without CUDA")
             _modules[backend] = loaded
         except RuntimeError as error:
             # An instruction set that was asked for by name: no automatic choice may pass over that either.
@@ -76,8 +93,9 @@ class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
     """Run every operator on one backend: `use_backend("reference")`, or `with use_backend("reference"): ...`.
 
     Args:
-        name: "reference" (plain torch, the specification), "cpu" (the C++ core), "triton", or None / "auto" for the
-            automatic choice. The environment variable PERSONAFAST_BACKEND sets the one in force at the start.
+        name: "reference" (plain torch, the specification), "cpu" (the C++ core), "triton", "cuda" (CUDA C++), or None /
+            "auto" for the automatic choice. The environment variable PERSONAFAST_BACKEND sets the one in force at the
+            start.
 
     Raises:
         BackendError: the name is unknown, or what the backend needs is not installed. Later, when an operator has no
@@ -113,15 +131,19 @@ def forced() -> str | None:
     return _forced
 
 
-def pick(op: str, device: str) -> str:
-    """The implementation of `op` to run on tensors of `device`: "reference", "cpu", "triton" or "torch".
+def pick(op: str, device: str, size: int = 0) -> str:
+    """The implementation of `op` to run on tensors of `device`: "reference", "cpu", "triton", "cuda" or "torch".
 
-    "torch" is the vectorised torch form of an operator, where no kernel applies and none was asked for.
+    "torch" is the vectorised torch form of an operator, where no kernel applies and none was asked for. `size` is that
+    of the call, in the unit of the operator's `Limit`.
     """
     name = _forced if _environment_read else forced()
     if name is None:
         choice = _automatic.get((op, device))
-        return choice if choice is not None else _automatic.setdefault((op, device), _choose(op, device)[0])
+        if choice is None:
+            choice = _automatic.setdefault((op, device), _choose(op, device)[0])
+        limit = LIMITS.get((op, choice))
+        return choice if limit is None or size <= limit.most else "torch"
     if name == "reference":
         return name
     kernels = KERNELS[op]
@@ -133,6 +155,8 @@ def pick(op: str, device: str) -> str:
         raise BackendError(f"{op}: backend 'cpu' cannot run on {device} tensors: choose 'triton' or 'auto'")
     if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(f"{op}: backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1): choose 'cpu' or 'auto'")
+    if name == "cuda" and device == "cpu":
+        raise BackendError(f"{op}: backend 'cuda' needs CUDA tensors: choose 'cpu' or 'auto'")
     return name
 
 
@@ -144,14 +168,15 @@ def refuse(op: str, why: str) -> None:
 
 
 def _choose(op: str, device: str) -> tuple[str, str]:
-    kernels = KERNELS[op]
-    wanted = "cpu" if device == "cpu" else "triton"
+    kernels = [name for name in _PREFERRED.get(device, _PREFERRED["cuda"]) if name in KERNELS[op]]
     if not kernels:
-        return "torch", "vectorised torch: no kernel of its own yet"
-    if wanted not in kernels:
-        return "torch", f"vectorised torch: no {wanted} kernel yet"
-    ready, why = available(wanted)
-    return (wanted, why) if ready else ("torch", f"vectorised torch: {why}")
+        return "torch", f"vectorised torch: no kernel for {device} tensors"
+    for name in kernels:
+        ready, why = available(name)
+        if ready:
+            limit = LIMITS.get((op, name))
+            return name, why if limit is None else f"{why}; above {limit.most} {limit.unit}, torch"
+    return "torch", f"vectorised torch: {why}"
 
 
 def chosen(op: str, device: str = "cpu") -> tuple[str, str]:
@@ -162,7 +187,8 @@ def chosen(op: str, device: str = "cpu") -> tuple[str, str]:
         device: "cpu" or "cuda".
 
     Returns:
-        (backend, reason): backend is "reference", "cpu", "triton" or "torch" (the operator's vectorised torch form).
+        (backend, reason): backend is "reference", "cpu", "triton", "cuda" or "torch" (the operator's vectorised torch
+        form), for calls that are not too large for its kernel; the reason names the limit.
     """
     if op not in KERNELS:
         raise PersonafastError(f"unknown operator {op!r}: choose one of {', '.join(sorted(KERNELS))}")

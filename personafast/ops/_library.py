@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +21,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def register(
-    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], kernels: tuple[str, ...] = ()
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernels: tuple[str, ...] = (),
+    limits: Mapping[str, _backend.Limit] | None = None,
 ) -> Callable[..., Any]:
     """Define `torch.ops.personafast.<name>` and return its default overload.
 
@@ -30,6 +34,7 @@ def register(
         kernel: runs on CPU and CUDA tensors.
         fake: the shapes and dtypes of the results, for tracing.
         kernels: the backends that have a kernel of their own for this operator.
+        limits: the sizes up to which the automatic choice takes them, by backend.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -37,6 +42,7 @@ def register(
         _LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"personafast::{name}", fake, lib=_LIBRARY)
     _backend.KERNELS[name] = kernels
+    _backend.LIMITS.update({(name, backend): limit for backend, limit in (limits or {}).items()})
     return getattr(torch.ops.personafast, name).default
 
 

@@ -276,12 +276,12 @@ def _run(
 ) -> None:
     _validate(out, x, A, B, slots, scale, ranks)
     check_rows_apart("lora_delta_", "out", out)
-    backend = _backend.pick("lora_delta_", x.device.type)
+    work = x.shape[0] * A.shape[1] * (1 if B.stride(1) == 1 else KERNEL_WORK // STRIDED_WORK)
+    backend = _backend.pick("lora_delta_", x.device.type, work)
     if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
-    limit = KERNEL_WORK if B.stride(1) == 1 else STRIDED_WORK
-    if backend == "cpu" and (x.shape[0] * A.shape[1] <= limit or _backend.forced() is not None):
+    if backend == "cpu":
         why = _kernel_refuses(out, x, A, B, slots, scale, ranks)
         if why is None:
             _cpp(out, x, A, B, slots, scale, ranks)
@@ -314,6 +314,7 @@ _op = register(
     _run,
     _fake,
     kernels=("cpu",),
+    limits={"cpu": _backend.Limit(KERNEL_WORK, "rows times rank")},
 )
 
 

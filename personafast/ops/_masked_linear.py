@@ -144,7 +144,6 @@ def _serves(
         and masks.is_cpu
         and slots.is_cpu
         and x.dim() == 2
-        and x.shape[0] <= KERNEL_ROWS
         and x.dtype in _KERNEL_DTYPES
         and weight.dtype == x.dtype
         and weight.dim() == 2
@@ -159,7 +158,7 @@ def _serves(
         and (gamma is None or (gamma.is_cpu and gamma.dtype == torch.float32 and gamma.shape == shape[:1]))
         and (bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.shape == shape[1:2]))
         and not wants_gradient(x, weight, gamma, bias)
-        and _backend.pick("masked_linear", "cpu") == "cpu"
+        and _backend.pick("masked_linear", "cpu", x.shape[0]) == "cpu"
     )
 
 
@@ -172,10 +171,10 @@ def _run(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _validate(x, weight, masks, slots, gamma, bias)
-    backend = _backend.pick("masked_linear", x.device.type)
+    backend = _backend.pick("masked_linear", x.device.type, x.shape[0])
     if backend == "reference":
         return reference(x, weight, masks, slots, gamma, bias)
-    if backend == "cpu" and (x.shape[0] <= KERNEL_ROWS or _backend.forced() is not None):
+    if backend == "cpu":
         why = _kernel_refuses(x, weight)
         if why is None:
             return _cpp(x, weight, masks, slots, gamma, bias)
@@ -239,6 +238,7 @@ _op = register(
     _run,
     _fake,
     kernels=("cpu",),
+    limits={"cpu": _backend.Limit(KERNEL_ROWS)},
 )
 
 

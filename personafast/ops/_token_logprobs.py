@@ -176,8 +176,8 @@ def _run(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     _validate(hidden, lm_head, tokens, temperature, bias, softcap)
-    backend = _backend.pick(_OP, hidden.device.type)
-    if backend == "cpu" and (hidden.shape[0] <= KERNEL_ROWS or _backend.forced() is not None):
+    backend = _backend.pick(_OP, hidden.device.type, hidden.shape[0])
+    if backend == "cpu":
         why = _kernel_refuses(hidden, lm_head)
         if why is None:
             return _cpp(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
@@ -205,6 +205,7 @@ _op = register(
     _run,
     _fake,
     kernels=("cpu",),
+    limits={"cpu": _backend.Limit(KERNEL_ROWS)},
 )
 
 

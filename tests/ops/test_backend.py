@@ -43,7 +43,7 @@ def test_context_manager_and_setter_restore_what_was_in_force():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(BackendError, match="unknown backend 'gpu': choose one of reference, cpu, triton or 'auto'"):
+    with pytest.raises(BackendError, match="unknown backend 'gpu': choose one of reference, cpu, triton, cuda or 'auto'"):
         ops.use_backend("gpu")
     with pytest.raises(PersonafastError, match="unknown operator 'nothing'"):
         ops.chosen("nothing")
@@ -68,15 +68,11 @@ def test_a_missing_backend_is_named_when_asked_for_and_passed_over_otherwise(mon
 def test_an_operator_without_the_kernel_asked_for_raises(monkeypatch):
     monkeypatch.setitem(_backend._modules, "triton", _backend)
     monkeypatch.setitem(_backend.KERNELS, "chunk_accept", ())
+    monkeypatch.setitem(_backend.KERNELS, "pack_mask", ("cpu",))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with ops.use_backend("triton"):
-        with pytest.raises(BackendError, match="masked_linear has no 'triton' kernel: choose 'cpu'"):
-            ops.masked_linear(
-                torch.zeros(1, 2),
-                torch.zeros(3, 2),
-                torch.zeros(1, 3, 1, dtype=torch.int32),
-                torch.zeros(1, dtype=torch.int32),
-            )
+        with pytest.raises(BackendError, match="pack_mask has no 'triton' kernel: choose 'cpu'"):
+            ops.pack_mask(torch.ones(1, 2, dtype=torch.bool))
         with pytest.raises(BackendError, match="needs CUDA tensors"):
             call()
         assert ops.chosen("inject_")[0] == "none"
@@ -104,3 +100,28 @@ def test_an_unknown_instruction_set_is_an_error_for_the_automatic_choice_too():
     )
     result = python(code, PERSONAFAST_CPU_ISA="sse9")
     assert result.stdout.strip() == "PERSONAFAST_CPU_ISA=sse9: choose scalar, avx2 or avx512", result.stderr
+
+
+def test_a_build_without_cuda_says_so():
+    pytest.importorskip("personafast._C")
+    with pytest.raises(BackendError, match="backend 'cuda' cannot run: .*it was built without CUDA"):
+        ops.use_backend("cuda")
+
+
+def test_a_kernel_is_chosen_up_to_its_limit_and_named_takes_any_size(monkeypatch):
+    monkeypatch.setitem(_backend.LIMITS, ("inject_", "cpu"), _backend.Limit(8))
+    pytest.importorskip("personafast._C")
+    assert [_backend.pick("inject_", "cpu", rows) for rows in (8, 9)] == ["cpu", "torch"]
+    assert ops.chosen("inject_")[1].endswith("above 8 rows, torch")
+    with ops.use_backend("cpu"):
+        assert _backend.pick("inject_", "cpu", 9) == "cpu"
+
+
+def test_a_gpu_takes_cuda_before_triton(monkeypatch):
+    monkeypatch.setattr(_backend, "_automatic", {})
+    monkeypatch.setattr(_backend, "_modules", {"cuda": _backend, "triton": _backend})
+    monkeypatch.setitem(_backend.KERNELS, "inject_", ("cpu", "triton", "cuda"))
+    assert _backend.pick("inject_", "cuda") == "cuda"
+    monkeypatch.setattr(_backend, "_automatic", {})
+    monkeypatch.setitem(_backend._modules, "cuda", "not there")
+    assert _backend.pick("inject_", "cuda") == "triton"
