@@ -39,7 +39,8 @@ class Config:
         constants: values of the kernel's constexpr parameters, which come last in its signature, in their order.
         num_warps: warps of 32 threads a program.
         num_stages: loads of a loop that are in flight at once.
-        options: further options of Triton's compiler, such as enable_fp_fusion, maxnreg or launch_pdl.
+        options: further options of Triton's compiler, such as maxnreg, launch_pdl or enable_fp_fusion, which is on
+            unless it is said otherwise here: versions of Triton differ in what they do by themselves.
     """
 
     __slots__ = ("constants", "options", "values")
@@ -49,7 +50,7 @@ class Config:
     ) -> None:
         self.constants = dict(constants)
         self.values = tuple(constants.values())
-        self.options = {"num_warps": num_warps, "num_stages": num_stages, **options}
+        self.options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options}
 
     def __repr__(self) -> str:
         return f"Config({self.constants}, {self.options})"

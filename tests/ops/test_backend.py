@@ -43,7 +43,9 @@ def test_context_manager_and_setter_restore_what_was_in_force():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(BackendError, match="unknown backend 'gpu': choose one of reference, cpu, triton, cuda or 'auto'"):
+    with pytest.raises(
+        BackendError, match="unknown backend 'gpu': choose one of reference, cpu, triton, cuda or 'auto'"
+    ):
         ops.use_backend("gpu")
     with pytest.raises(PersonafastError, match="unknown operator 'nothing'"):
         ops.chosen("nothing")

@@ -1,0 +1,167 @@
+"""Check and time every GPU kernel on this machine's GPU, in one command: `python -m benchmarks.gpu_suite`.
+
+Each kernel is checked first, on fresh random inputs and poisoned memory, against float64; only then it is timed, by
+CUDA events over replays of a graph, with buffers that rotate through more than the cache, beside named baselines. One
+JSON file holds everything. It is written after each case, and a kernel that takes the device down with it, or never
+returns, costs its own case only: a new process goes on with the next.
+
+Without a GPU, `--rehearse` runs all of this in Triton's interpreter, with small inputs and meaningless times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MINUTES = 9.5
+SECONDS_A_CONTENDER = 2.0
+# A case that has not ended by then never will.
+HANG_SECONDS = 120.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.rehearse:
+        # Triton reads it when it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from benchmarks.gpu.table import table
+
+    if not options.rehearse and not torch.cuda.is_available():
+        print("no CUDA device here: run it where there is one, or `--rehearse` the suite in the interpreter")
+        return 2
+    report = run(options, ["--resume", *(word for word in arguments if word != "--resume")])
+    print(json.dumps(report, indent=2) if options.json else "\n".join(table(report)))
+    return 1 if any("failed" in case for case in report["cases"]) else 0
+
+
+def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
+    """Measure what `options` select, and write the report as it grows.
+
+    Args:
+        options: those of the command line.
+        restart: the arguments with which a new process goes on.
+    """
+    from benchmarks.gpu.cases import cases
+    from benchmarks.gpu.device import Cuda, Device, Rehearsal, folder_name
+    from benchmarks.gpu.measure import measure
+    from personafast import ops
+    from personafast._io import read_json, write_json
+
+    began = time.monotonic()
+    device: Device = Rehearsal() if options.rehearse else Cuda()
+    path = options.out / folder_name(device.facts()) / "gpu.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = _head(device, options)
+    if options.resume and path.exists():
+        report = read_json(path)
+        fixed = ("commit", "hardware", "versions")
+        if any(report.get(key) != head[key] for key in fixed):
+            raise SystemExit(f"{path} was measured with another commit, GPU or versions: run without --resume")
+        began -= 60 * report["minutes"]
+    else:
+        report = {**head, **_ceilings(device), "minutes": 0.0, "cases": []}
+    chosen = [case for case in cases(tiny=device.rehearsal) if not options.only or options.only in case.name]
+    done = {record["name"] for record in report["cases"]}
+
+    def add(record: dict[str, Any]) -> None:
+        report["cases"].append(record)
+        report["minutes"] = round((time.monotonic() - began) / 60, 2)
+        write_json(path, report)
+        print(f"[{len(report['cases'])}/{len(chosen)}] {report['minutes']:.1f} min  {record['name']}", file=sys.stderr)
+
+    def go_on_in_a_new_process() -> None:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_suite", *restart])
+
+    # By name, so that a kernel that cannot take a case is an error and not torch's form under our name.
+    with ops.use_backend("triton"):
+        for number, case in enumerate(chosen):
+            if case.name in done:
+                continue
+            about = {"name": case.name, "operator": case.operator}
+            left = 60 * options.minutes - (time.monotonic() - began)
+            if left <= 0:
+                add({**about, "skipped": f"no time was left of {options.minutes:g} minutes"})
+                continue
+
+            def give_up(about: dict[str, Any] = about) -> None:
+                add({**about, "failed": f"no answer within {HANG_SECONDS:g} s"})
+                go_on_in_a_new_process()
+
+            watch = threading.Timer(HANG_SECONDS, give_up)
+            watch.daemon = True
+            watch.start()
+            seconds = min(SECONDS_A_CONTENDER * len(case.contenders), left / (len(chosen) - number))
+            try:
+                record = measure(case, device, report["seed"], seconds, report["ceilings"]["copy_gb_s"])
+            except Exception as error:
+                record = {**about, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            finally:
+                watch.cancel()
+            add(record)
+            if "failed" in record and device.lost():
+                go_on_in_a_new_process()
+    return report
+
+
+def _head(device: Any, options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.machine import commit, today, versions
+
+    return {
+        "suite": "gpu",
+        "rehearsal": device.rehearsal,
+        "date": today(),
+        "commit": commit(),
+        "seed": int.from_bytes(os.urandom(4), "little") if options.seed is None else options.seed,
+        "hardware": device.facts(),
+        "versions": {**versions(), **_gpu_versions()},
+    }
+
+
+def _ceilings(device: Any) -> dict[str, Any]:
+    from benchmarks.gpu.ceilings import ceilings
+
+    return {"ceilings": ceilings(device)}
+
+
+def _gpu_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("triton", "liger-kernel", "flashinfer-python", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default benchmarks/results")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no case after this long")
+    parser.add_argument("--seed", type=int, help="of the inputs; drawn anew unless given, and always reported")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that the file has already")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, small, in Triton's interpreter")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
