@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.figure import bars, draw
+from benchmarks.gpu import page as gpu_page
 from benchmarks.report import PAGE, RESULTS, load, page
 
 SPREAD = {"median": 2.0, "low": 1.5, "high": 2.5}
@@ -91,12 +92,12 @@ def test_figures_stand_beside_their_spread_and_what_is_missing_is_named():
     assert "|  | copies | 1.50 ms | 20.5 | 88 % | 2.00x [1.50, 2.50] |" in text
     assert "- `sparse_linear-1`: no sparse_linear yet" in text
     assert "- torchao: not installed (`masked_linear-8`)" in text
-    assert "No GPU figure has been measured." in text and "(performance-here.png)" in text
+    assert "No GPU figure has been measured" in text and "(performance-here.png)" in text
     assert "45 to 45 GB/s" in text and "f" * 12 in text and "f" * 13 not in text
 
 
 def test_without_results_the_page_says_so():
-    assert page([]).endswith("Nothing has been measured yet.\n")
+    assert "Nothing has been measured yet.\n\n## GPUs\n\nNo GPU figure has been measured" in page([])
 
 
 def test_bars_compare_with_the_first_baseline():
@@ -150,3 +151,57 @@ def test_weight_reads_stand_beside_what_was_expected(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| block"))
     assert row == "| block | 1.50 (2) | 1.90, goal 1.8 **missed** | 1.10 | 1.20 | 6.50 | 90 % | 97 % |"
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+
+
+def gpu():
+    times = {"microseconds": {"median": 2.5, "low": 2.4, "high": 2.6}, "gb_s": 3000.0, "share_of_copy_bandwidth": 0.7}
+    return {
+        "rehearsal": False,
+        "date": "2026-11-20",
+        "commit": "f" * 40,
+        "minutes": 7.0,
+        "hardware": {
+            "gpu": "NVIDIA X",
+            "compute_capability": "9.0",
+            "multiprocessors": 132,
+            "memory_bytes": 80 << 30,
+            "l2_bytes": 50 << 20,
+            "driver": "580",
+            "cuda": "13.0",
+        },
+        "versions": {"triton": "3.6.0"},
+        "ceilings": {"copy_gb_s": 4300.0, "matrix_tflop_s": 780.0, "graph_node_us": 1.25},
+        "cases": [
+            {
+                "name": "inject_-1",
+                "kernels_a_call": 1,
+                "host_us_a_call": 12.3,
+                "copy_share_goal": 0.85,
+                "ours": times,
+                "baselines": {
+                    "torch": {**times, "times_faster": {"median": 3.0, "low": 2.9, "high": 3.1}, "goal": 2.0},
+                    "Liger": {"absent": "not installed"},
+                },
+            },
+            {"name": "steer_-1", "failed": "KernelError: illegal address"},
+        ],
+    }
+
+
+def test_gpus_have_their_own_section_with_what_was_missed():
+    text = page([], [gpu()])
+    assert "No GPU figure" not in text
+    assert "## NVIDIA X" in text and "sm_90" in text and "4300 GB/s" in text
+    assert "- inject_-1: 70 % of copy bandwidth, goal 85 %" in text
+    assert "| `inject_-1` | **ours** | 2.50 us | 3000 | 70 % |  |  | 1 | 12.3 us |" in text
+    assert "|  | torch | 2.50 us | 3000 | 70 % | 3.00x [2.90, 3.10] | 2.00x met |  |  |" in text
+    assert "|  | Liger | absent |" in text
+    assert "- `steer_-1`: FAILED: KernelError: illegal address" in text
+
+
+def test_a_rehearsal_is_no_result(tmp_path):
+    for name, rehearsal in (("none", True), ("nvidia-x", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gpu.json").write_text(json.dumps({**gpu(), "rehearsal": rehearsal}))
+    (found,) = gpu_page.load(tmp_path)
+    assert found["hardware"]["gpu"] == "NVIDIA X" and not found["rehearsal"]
