@@ -16,9 +16,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     report = run(options, ["--resume", *(word for word in arguments if word != "--resume")])
     print(json.dumps(report, indent=2) if options.json else "\n".join(table(report)))
-    return 1 if any("failed" in case for case in report["cases"]) else 0
+    return 1 if any("failed" in record for record in report["cases"] + report["checks"]) else 0
 
 
 def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
@@ -52,9 +52,7 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
         options: those of the command line.
         restart: the arguments with which a new process goes on.
     """
-    from benchmarks.gpu.cases import cases
     from benchmarks.gpu.device import Cuda, Device, Rehearsal, folder_name
-    from benchmarks.gpu.measure import measure
     from personafast import ops
     from personafast._io import read_json, write_json
 
@@ -70,15 +68,17 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
             raise SystemExit(f"{path} was measured with another commit, GPU or versions: run without --resume")
         began -= 60 * report["minutes"]
     else:
-        report = {**head, **_ceilings(device), "minutes": 0.0, "cases": []}
-    chosen = [case for case in cases(tiny=device.rehearsal) if not options.only or options.only in case.name]
-    done = {record["name"] for record in report["cases"]}
+        report = {**head, **_ceilings(device), "minutes": 0.0, "cases": [], "checks": []}
+    jobs = _jobs(options, device, report)
+    done = {_key(record) for record in report["cases"] + report["checks"]}
 
     def add(record: dict[str, Any]) -> None:
-        report["cases"].append(record)
+        report["checks" if "dtype" in record else "cases"].append(record)
         report["minutes"] = round((time.monotonic() - began) / 60, 2)
         write_json(path, report)
-        print(f"[{len(report['cases'])}/{len(chosen)}] {report['minutes']:.1f} min  {record['name']}", file=sys.stderr)
+        count = len(report["cases"]) + len(report["checks"])
+        name = " ".join(part for part in _key(record) if part)
+        print(f"[{count}/{len(jobs)}] {report['minutes']:.1f} min  {name}", file=sys.stderr)
 
     def go_on_in_a_new_process() -> None:
         sys.stdout.flush()
@@ -86,10 +86,9 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
 
     # By name, so that a kernel that cannot take a case is an error and not torch's form under our name.
     with ops.use_backend("triton"):
-        for number, case in enumerate(chosen):
-            if case.name in done:
+        for number, (about, job) in enumerate(jobs):
+            if _key(about) in done:
                 continue
-            about = {"name": case.name, "operator": case.operator}
             left = 60 * options.minutes - (time.monotonic() - began)
             if left <= 0:
                 add({**about, "skipped": f"no time was left of {options.minutes:g} minutes"})
@@ -102,9 +101,8 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
             watch = threading.Timer(HANG_SECONDS, give_up)
             watch.daemon = True
             watch.start()
-            seconds = min(SECONDS_A_CONTENDER * len(case.contenders), left / (len(chosen) - number))
             try:
-                record = measure(case, device, report["seed"], seconds, report["ceilings"]["copy_gb_s"])
+                record = {**about, **job(left / (len(jobs) - number))}
             except Exception as error:
                 record = {**about, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             finally:
@@ -113,6 +111,48 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
             if "failed" in record and device.lost():
                 go_on_in_a_new_process()
     return report
+
+
+# What a job is, and the job itself, given the seconds it may take.
+Job: TypeAlias = "tuple[dict[str, Any], Callable[[float], dict[str, Any]]]"
+
+
+def _jobs(options: argparse.Namespace, device: Any, report: dict[str, Any]) -> list[Job]:
+    """Every case to be checked and timed, then the small ones of other dtypes and odd sizes to be checked."""
+    import torch
+
+    from benchmarks.gpu.cases import cases
+    from benchmarks.gpu.measure import checked, measure
+
+    def timed(case: Any) -> Callable[[float], dict[str, Any]]:
+        most = SECONDS_A_CONTENDER * len(case.contenders)
+        copy = report["ceilings"]["copy_gb_s"]
+        return lambda seconds: measure(case, device, report["seed"], min(most, seconds), copy)
+
+    def looked_at(case: Any, dtype: torch.dtype) -> Callable[[float], dict[str, Any]]:
+        def job(seconds: float) -> dict[str, Any]:
+            errors, _ = checked(case, device, report["seed"], dtype)
+            error = errors.get(case.ours.name)
+            return {"relative_error": None if error is None else float(f"{error.relative:.3g}")}
+
+        return job
+
+    def wanted(tiny: bool) -> list[Any]:
+        return [case for case in cases(tiny=tiny) if not options.only or options.only in case.name]
+
+    jobs: list[Job] = [
+        ({"name": case.name, "operator": case.operator}, timed(case)) for case in wanted(tiny=device.rehearsal)
+    ]
+    for dtype in (torch.float32,) if device.rehearsal else (torch.float32, torch.float16, torch.bfloat16):
+        about = {"dtype": str(dtype).removeprefix("torch.")}
+        jobs += [
+            ({"name": case.name, "operator": case.operator, **about}, looked_at(case, dtype)) for case in wanted(True)
+        ]
+    return jobs
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str]:
+    return record["name"], record.get("dtype", "")
 
 
 def _head(device: Any, options: argparse.Namespace) -> dict[str, Any]:

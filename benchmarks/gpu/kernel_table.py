@@ -44,9 +44,9 @@ def _each(same: Sequence[Launch], what: str, unit: int) -> str:
 
 def table(specimens: Sequence[Specimen]) -> str:
     about = (
-        f"Compiled by Triton {triton.__version__} for sm_80 / sm_90 / sm_100, one figure where all three agree; "
-        "programs are those on sm_90. No kernel spills registers. The bytes are those that a call cannot avoid to move. "
-        "`python -m benchmarks.gpu.kernel_table`."
+        f"Compiled by Triton {triton.__version__} for sm_80 / sm_90 / sm_100, one figure where they agree; "
+        "programs are those on sm_90. No kernel spills registers. The bytes are those that a call cannot avoid to "
+        "move. `python -m benchmarks.gpu.kernel_table`."
     )
     lines = [HEAD, ("---", "---", "---:", "---:", "---:", "---:", "---:")]
     lines += [row for specimen in specimens if specimen.listed for row in rows(specimen)]

@@ -39,8 +39,10 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def checked(case: GpuCase, device: Device, seed: int) -> tuple[dict[str, Error], dict[str, str]]:
-    """(error of every contender that is checked, why others are absent), on fresh random inputs.
+def checked(
+    case: GpuCase, device: Device, seed: int, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Error], dict[str, str]]:
+    """(error of every contender that is checked, why others are absent), on fresh random inputs of `dtype`.
 
     Raises:
         CheckFailed: ours is wrong, or gives other bits when called again. A baseline that is wrong is absent.
@@ -49,7 +51,7 @@ def checked(case: GpuCase, device: Device, seed: int) -> tuple[dict[str, Error],
     absent: dict[str, str] = {}
     with torch.no_grad(), poisoned():
         for turn in range(CHECKS):
-            inputs = case.make(GpuDraw(seed + turn, device.name, device.dtype))
+            inputs = case.make(GpuDraw(seed + turn, device.name, dtype or device.dtype))
             exact, plain = references(case, inputs)
             for contender in case.contenders:
                 if not contender.same or contender.name in absent:

@@ -30,7 +30,10 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
                     f"    {name}: {entry['microseconds']['median']:.2f} us, ours {ratio['median']:.3f}x as fast "
                     f"[{ratio['low']:.3f}, {ratio['high']:.3f}]{goal}" + (" (eager)" if entry.get("eager") else "")
                 )
-    wrong = [f"{case['name']}: {failure(case)}" for case in report["cases"] if "failed" in case]
+    checks = report["checks"]
+    passed = sum("relative_error" in check for check in checks)
+    yield f"{passed} of {len(checks)} small cases in other dtypes passed"
+    wrong = [f"{record['name']}: {failure(record)}" for record in report["cases"] + checks if "failed" in record]
     missed = [text for case in report["cases"] for text in misses(case)]
     for title, texts in (("failed", wrong), ("goals missed", missed)):
         yield f"{len(texts)} {title}" + (":" if texts else "")
@@ -38,8 +41,9 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def failure(case: Mapping[str, Any]) -> str:
-    """Why a case has no figures."""
-    return f"FAILED: {case['failed']}" if "failed" in case else f"skipped: {case['skipped']}"
+    """Why a case has no figures, or a check has failed."""
+    where = f" ({case['dtype']})" if "dtype" in case else ""
+    return (f"FAILED: {case['failed']}" if "failed" in case else f"skipped: {case['skipped']}") + where
 
 
 def misses(case: Mapping[str, Any]) -> Iterator[str]:

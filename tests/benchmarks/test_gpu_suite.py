@@ -97,8 +97,11 @@ def test_a_case_that_fails_is_reported_and_the_others_go_on(tmp_path, monkeypatc
     first, second = report["cases"]
     assert first["failed"] == "RuntimeError: Triton Error [CUDA]: out of memory"
     assert "ours" in second and report == written(tmp_path)
-    assert any(line.startswith("first: FAILED: RuntimeError") for line in table(report))
-    assert "1 failed:" in list(table(report))
+    assert [check["dtype"] for check in report["checks"]] == ["float32", "float32"]
+    assert "failed" in report["checks"][0] and report["checks"][1]["relative_error"] == 0.0
+    lines = list(table(report))
+    assert any(line.startswith("first: FAILED: RuntimeError") for line in lines)
+    assert "1 of 2 small cases in other dtypes passed" in lines and "2 failed:" in lines
 
 
 def test_a_wrong_result_gets_no_figure(rehearsal):
@@ -196,8 +199,7 @@ def test_a_hanging_kernel_costs_one_case(tmp_path, monkeypatch):
     restarts = []
     monkeypatch.setattr(gpu_suite, "HANG_SECONDS", 0.05)
     monkeypatch.setattr(os, "execv", lambda program, arguments: restarts.append(arguments))
-    slow = doubled("hanging", lambda inputs: time.sleep(0.1) or 2 * inputs.x)
-    monkeypatch.setattr(registry, "cases", lambda tiny: (slow,))
+    monkeypatch.setattr(gpu_suite, "_jobs", lambda *_: [({"name": "hanging"}, lambda _: time.sleep(0.2) or {})])
     gpu_suite.run(options(tmp_path), [])
     assert len(restarts) == 1
     assert written(tmp_path)["cases"][0]["failed"] == "no answer within 0.05 s"

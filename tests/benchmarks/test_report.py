@@ -185,6 +185,10 @@ def gpu():
             },
             {"name": "steer_-1", "failed": "KernelError: illegal address"},
         ],
+        "checks": [
+            {"name": "inject_-5", "dtype": "float32", "relative_error": 1e-8},
+            {"name": "inject_-5", "dtype": "float16", "failed": "CheckFailed: NaN"},
+        ],
     }
 
 
@@ -197,6 +201,7 @@ def test_gpus_have_their_own_section_with_what_was_missed():
     assert "|  | torch | 2.50 us | 3000 | 70 % | 3.00x [2.90, 3.10] | 2.00x met |  |  |" in text
     assert "|  | Liger | absent |" in text
     assert "- `steer_-1`: FAILED: KernelError: illegal address" in text
+    assert "1 of 2 small cases" in text and "- `inject_-5`: FAILED: CheckFailed: NaN (float16)" in text
 
 
 def test_a_rehearsal_is_no_result(tmp_path):
