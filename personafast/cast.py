@@ -15,7 +15,7 @@ from personafast.density.prompting import SystemPrompts
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
-from personafast.models.cache import goes_on_by_row
+from personafast.models.context import goes_on_by_row
 from personafast.models.patch import Patch
 from personafast.models.rows import NOBODY, RowSlots
 from personafast.persona import Persona

@@ -35,7 +35,7 @@ from personafast.density.token_rs import sample_token_rs
 from personafast.density.transcript import GenerationStats, Transcript
 from personafast.density.verify import sample_verify
 from personafast.errors import PersonafastError
-from personafast.models.cache import learned_positions
+from personafast.models.context import learned_positions
 from personafast.models.patch import Patch
 from personafast.ops import Aggregator
 from personafast.options import Options

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from personafast.density.transcript import GenerationStats
-from personafast.models.cache import RaggedContext
+from personafast.models.context import RaggedContext
 from personafast.models.patch import Patch
 from personafast.models.rows import RowSlots
 
