@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
 from personafast.errors import PersonafastError
 
 NOBODY = -1
+
+
+class Spread(Protocol):
+    """The slots of one kind, for the tokens of a forward pass."""
+
+    @property
+    def used(self) -> set[int]:
+        """The slots that rows carry."""
+
+    def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """Slots [batch * length], row-major."""
 
 
 class TokenSlots:

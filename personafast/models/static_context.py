@@ -57,6 +57,7 @@ class StaticContext:
         self.slots = DeviceSlots(seats, device)
         self._recorder = recorder
         self._recordings: dict[tuple[tuple[str, ...], int, int], tuple[torch.Tensor, CudaGraph | Tape]] = {}
+        self._version: object = None
         self._pool = torch.cuda.graph_pool_handle() if recorder is CudaGraph else None
         self._prompts: list[list[int]] | None = None
         self._seat = torch.arange(seats)
@@ -72,6 +73,11 @@ class StaticContext:
         self._prompts = [list(ids) for ids in prompts]
         self._seat = torch.arange(len(prompts))
         return self
+
+    @property
+    def seats(self) -> int:
+        """The most rows."""
+        return self.cache.lengths.shape[0]
 
     @property
     def rows(self) -> int:
@@ -103,9 +109,11 @@ class StaticContext:
         self._advance(counts)
         return self._at(logits, places)
 
-    def forget_recordings(self) -> None:
-        """What the model reads beside its weights is elsewhere now."""
-        self._recordings.clear()
+    def banks_are(self, version: object) -> None:
+        """What the model reads beside its weights: recordings that know another version of it are dropped."""
+        if version != self._version:
+            self._recordings.clear()
+            self._version = version
 
     def rollback(self, counts: torch.Tensor) -> None:
         """Forget the last counts[r] tokens of row r, int64 [R] on the CPU."""
@@ -128,7 +136,7 @@ class StaticContext:
         fed = zip(prompts, tokens.tolist(), counts.tolist(), strict=True)
         texts = [ids + row[:count] for ids, row, count in fed]
         lengths = torch.tensor([len(text) for text in texts])
-        whole = torch.zeros(self._seats, int(lengths.max()), dtype=torch.long)
+        whole = torch.zeros(self.seats, int(lengths.max()), dtype=torch.long)
         for row, text in enumerate(texts):
             whole[row, : len(text)] = torch.tensor(text)
         places = (lengths[:, None] - keep + torch.arange(keep)).clamp(min=0)
@@ -152,7 +160,7 @@ class StaticContext:
         key = (self.slots.kinds, new, columns)
         known = self._recordings.get(key)
         if known is None:
-            fixed = torch.zeros(self._seats, new, dtype=torch.long, device=self.device)
+            fixed = torch.zeros(self.seats, new, dtype=torch.long, device=self.device)
 
             def work() -> torch.Tensor:
                 return self._call(fixed, self.cache.planned(new, columns).positions, None)
@@ -193,10 +201,6 @@ class StaticContext:
 
     def _all(self, of_rows: torch.Tensor) -> torch.Tensor:
         """[R, ...] of the rows as [seats, ...], 0 where nobody sits."""
-        if torch.equal(self._seat, torch.arange(self._seats)):
+        if torch.equal(self._seat, torch.arange(self.seats)):
             return of_rows
-        return of_rows.new_zeros(self._seats, *of_rows.shape[1:]).index_copy(0, self._seat, of_rows)
-
-    @property
-    def _seats(self) -> int:
-        return self.cache.lengths.shape[0]
+        return of_rows.new_zeros(self.seats, *of_rows.shape[1:]).index_copy(0, self._seat, of_rows)
