@@ -60,8 +60,12 @@ def _cpp_pack(mask: torch.Tensor) -> torch.Tensor:
 
 def _run_pack(mask: torch.Tensor) -> torch.Tensor:
     _validate_pack(mask)
-    if _backend.pick("pack_mask", mask.device.type) == "cpu":
+    backend = _backend.pick("pack_mask", mask.device.type)
+    if backend == "cpu":
         return _cpp_pack(mask)
+    if backend == "triton":
+        packed: torch.Tensor = _backend.module("triton").pack_mask(mask)
+        return packed
     return pack_reference(mask)
 
 
@@ -96,6 +100,9 @@ def _run_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     backend = _backend.pick("unpack_mask", packed.device.type)
     if backend == "cpu":
         return _cpp_unpack(packed, features)
+    if backend == "triton":
+        mask: torch.Tensor = _backend.module("triton").unpack_mask(packed, features)
+        return mask
     if backend == "reference":
         return unpack_reference(packed, features)
     return unpack(packed, features).clone(memory_format=torch.contiguous_format)
@@ -106,8 +113,9 @@ def _fake_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     return packed.new_empty((packed.shape[0], features), dtype=torch.bool)
 
 
-_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack, kernels=("cpu",))
-_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack, kernels=("cpu",))
+_KERNELS = ("cpu", "triton")
+_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack, _KERNELS)
+_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack, _KERNELS)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:

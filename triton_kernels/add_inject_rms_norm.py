@@ -1,0 +1,138 @@
+"""add_inject_rms_norm: residual add, injection and RMSNorm of the sum, each row read once and written twice.
+
+residual_out[t] = (update[t] + residual[t]) + scale[t] * bank[slots[t]]
+normed[t] = residual_out[t] / sqrt(mean(residual_out[t]^2) + eps) * weight
+
+A program takes one row. What it has read stays in its registers until the root is known, so that 4 T H elements move,
+where the three steps apart move 7; bank and weight come from cache. Rows wider than 8192 go by in blocks, and the
+second pass reads back the residual_out that the first has written, from L1 or L2. A row's squares are added up within
+its program, in one order: the result depends on no other row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from personafast._triton.launch import Config, launch
+from personafast._triton.rows import whole_row
+
+
+@triton.jit
+def _sum(p_update, p_residual, p_added, b_scale, m_steered, m_h):
+    """(update + residual) + scale * bank in fp32; nothing of the bank is read where nothing is injected."""
+    b_update = tl.load(p_update, mask=m_h, other=0.0)
+    b_residual = tl.load(p_residual, mask=m_h, other=0.0)
+    b_added = tl.zeros_like(b_update).to(p_added.dtype.element_ty)
+    if m_steered:
+        b_added = tl.load(p_added, mask=m_h, other=0.0)
+    b_total = b_update.to(tl.float32) + b_residual.to(tl.float32)
+    return tl.where(m_steered, b_total + b_added.to(tl.float32) * b_scale, b_total)
+
+
+@triton.jit(do_not_specialize=["n_bank"])
+def add_inject_rms_norm_kernel(
+    p_normed,
+    p_residual_out,
+    p_update,
+    p_residual,
+    p_bank,
+    p_slots,
+    p_scale,
+    p_weight,
+    s_update,
+    s_residual,
+    s_bank,
+    n_bank,
+    H,
+    eps,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """One row t, at once if WHOLE and else in blocks of BLOCK columns; sums in fp32, each result rounded once."""
+    i_t = tl.program_id(0).to(tl.int64)
+    b_slot = tl.load(p_slots + i_t).to(tl.int64)
+    b_scale = 1.0
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + i_t)
+    m_steered = (b_slot >= 0) & (b_slot < n_bank)
+    p_added = p_bank + b_slot * s_bank
+    p_update += i_t * s_update
+    p_residual += i_t * s_residual
+    p_normed += i_t * H
+    p_residual_out += i_t * H
+    stored = p_residual_out.dtype.element_ty
+    o_h = tl.arange(0, BLOCK)
+    if WHOLE:
+        m_h = o_h < H
+        b_weight = tl.load(p_weight + o_h, mask=m_h, other=0.0)
+        b_sum = _sum(p_update + o_h, p_residual + o_h, p_added + o_h, b_scale, m_steered, m_h).to(stored)
+        tl.store(p_residual_out + o_h, b_sum, mask=m_h)
+        b_x = b_sum.to(tl.float32)
+        b_root = tl.sqrt_rn(tl.sum(b_x * b_x, 0) / H + eps)
+        b_normed = b_x * tl.div_rn(1.0, b_root) * b_weight.to(tl.float32)
+        tl.store(p_normed + o_h, b_normed.to(stored), mask=m_h)
+    else:
+        b_squares = tl.zeros([BLOCK], tl.float32)
+        for i_h in range(0, H, BLOCK):
+            o_c = i_h + o_h
+            m_h = o_c < H
+            b_sum = _sum(p_update + o_c, p_residual + o_c, p_added + o_c, b_scale, m_steered, m_h).to(stored)
+            tl.store(p_residual_out + o_c, b_sum, mask=m_h)
+            b_x = b_sum.to(tl.float32)
+            b_squares += b_x * b_x
+        b_inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_squares, 0) / H + eps))
+        for i_h in range(0, H, BLOCK):
+            o_c = i_h + o_h
+            m_h = o_c < H
+            b_weight = tl.load(p_weight + o_c, mask=m_h, other=0.0).to(tl.float32)
+            b_x = tl.load(p_residual_out + o_c, mask=m_h, other=0.0).to(tl.float32)
+            tl.store(p_normed + o_c, (b_x * b_inverse * b_weight).to(stored), mask=m_h)
+
+
+@functools.cache
+def add_inject_rms_norm_config(H: int) -> Config:
+    """Block and options for rows of H columns. Products and sums stay apart: residual_out has the reference's bits."""
+    block, num_warps = whole_row(H)
+    return Config({"BLOCK": block, "WHOLE": H <= block}, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def add_inject_rms_norm(
+    update: torch.Tensor,
+    residual: torch.Tensor,
+    bank: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `add_inject_rms_norm_kernel`; `personafast.ops.add_inject_rms_norm` has checked shapes and dtypes.
+
+    Columns must be adjacent for the wide loads, so other layouts go through a copy.
+    """
+    T, H = update.shape
+    update, residual, bank = (x if x.stride(1) == 1 else x.contiguous() for x in (update, residual, bank))
+    normed = torch.empty((T, H), dtype=update.dtype, device=update.device)
+    residual_out = torch.empty_like(normed)
+    launch(
+        add_inject_rms_norm_kernel,
+        (T, 1, 1),
+        add_inject_rms_norm_config(H),
+        normed,
+        residual_out,
+        update,
+        residual,
+        bank,
+        slots.contiguous(),
+        None if scale is None else scale.contiguous(),
+        weight.contiguous(),
+        update.stride(0),
+        residual.stride(0),
+        bank.stride(0),
+        bank.shape[0],
+        H,
+        float(eps),
+    )
+    return normed, residual_out
