@@ -21,15 +21,13 @@ from personafast._triton.rows import whole_row
 
 
 @triton.jit
-def _sum(p_update, p_residual, p_added, b_scale, m_steered, m_h):
+def _sum(p_update, p_residual, p_added, b_scale, m_steered, o_h, H):
     """(update + residual) + scale * bank in fp32; nothing of the bank is read where nothing is injected."""
-    b_update = tl.load(p_update, mask=m_h, other=0.0)
-    b_residual = tl.load(p_residual, mask=m_h, other=0.0)
-    b_added = tl.zeros_like(b_update).to(p_added.dtype.element_ty)
-    if m_steered:
-        b_added = tl.load(p_added, mask=m_h, other=0.0)
-    b_total = b_update.to(tl.float32) + b_residual.to(tl.float32)
-    return tl.where(m_steered, b_total + b_added.to(tl.float32) * b_scale, b_total)
+    b_update = tl.load(p_update + o_h, mask=o_h < H, other=0.0).to(tl.float32)
+    b_residual = tl.load(p_residual + o_h, mask=o_h < H, other=0.0).to(tl.float32)
+    b_added = tl.load(p_added + o_h, mask=o_h < tl.where(m_steered, H, 0), other=0.0).to(tl.float32)
+    b_total = b_update + b_residual
+    return tl.where(m_steered, b_total + b_added * b_scale, b_total)
 
 
 @triton.jit(do_not_specialize=["n_bank"])
@@ -68,22 +66,21 @@ def add_inject_rms_norm_kernel(
     if WHOLE:
         m_h = o_h < H
         b_weight = tl.load(p_weight + o_h, mask=m_h, other=0.0)
-        b_sum = _sum(p_update + o_h, p_residual + o_h, p_added + o_h, b_scale, m_steered, m_h).to(stored)
+        b_sum = _sum(p_update, p_residual, p_added, b_scale, m_steered, o_h, H).to(stored)
         tl.store(p_residual_out + o_h, b_sum, mask=m_h)
         b_x = b_sum.to(tl.float32)
-        b_root = tl.sqrt_rn(tl.sum(b_x * b_x, 0) / H + eps)
-        b_normed = b_x * tl.div_rn(1.0, b_root) * b_weight.to(tl.float32)
+        b_normed = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / H + eps) * b_weight.to(tl.float32)
         tl.store(p_normed + o_h, b_normed.to(stored), mask=m_h)
     else:
         b_squares = tl.zeros([BLOCK], tl.float32)
         for i_h in range(0, H, BLOCK):
             o_c = i_h + o_h
             m_h = o_c < H
-            b_sum = _sum(p_update + o_c, p_residual + o_c, p_added + o_c, b_scale, m_steered, m_h).to(stored)
+            b_sum = _sum(p_update, p_residual, p_added, b_scale, m_steered, o_c, H).to(stored)
             tl.store(p_residual_out + o_c, b_sum, mask=m_h)
             b_x = b_sum.to(tl.float32)
             b_squares += b_x * b_x
-        b_inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_squares, 0) / H + eps))
+        b_inverse = tl.rsqrt(tl.sum(b_squares, 0) / H + eps)
         for i_h in range(0, H, BLOCK):
             o_c = i_h + o_h
             m_h = o_c < H

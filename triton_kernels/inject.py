@@ -35,20 +35,23 @@ def inject_kernel(
     """One row t by one block of BLOCK columns; sums in fp32, rounded once to the dtype of hidden."""
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_h = o_h < H
     p_row = p_hidden + i_t * s_hidden + o_h
     if EAGER:
-        b_hidden = tl.load(p_row, mask=m_h, other=0.0)
+        b_hidden = tl.load(p_row, mask=o_h < H, other=0.0)
+        tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
+    m_steered = (b_slot >= 0) & (b_slot < n_bank)
+    if not EAGER:
+        if not m_steered:
+            return
+    # No branch from here on: into one the compiler would move the load of hidden, behind the wait for the slot.
+    m_h = o_h < tl.where(m_steered, H, 0)
+    if not EAGER:
+        b_hidden = tl.load(p_row, mask=m_h, other=0.0)
+    b_added = tl.load(p_bank + b_slot * s_bank + o_h, mask=m_h, other=0.0).to(tl.float32)
     if p_scale is not None:
-        b_scale = tl.load(p_scale + i_t)
-    if (b_slot >= 0) & (b_slot < n_bank):
-        if not EAGER:
-            b_hidden = tl.load(p_row, mask=m_h, other=0.0)
-        b_added = tl.load(p_bank + b_slot * s_bank + o_h, mask=m_h, other=0.0).to(tl.float32)
-        if p_scale is not None:
-            b_added = b_added * b_scale
-        tl.store(p_row, (b_hidden.to(tl.float32) + b_added).to(p_hidden.dtype.element_ty), mask=m_h)
+        b_added = b_added * tl.load(p_scale + i_t)
+    tl.store(p_row, (b_hidden.to(tl.float32) + b_added).to(p_hidden.dtype.element_ty), mask=m_h)
 
 
 @functools.cache

@@ -36,16 +36,17 @@ def _plan(b_first, b_second, b_mode, b_a, b_p0, b_p1):
     """(keep, add, ratio, whether the row changes) from the sums of a row."""
     m_along = (b_mode == ABLATE) | (b_mode == CLAMP)
     m_preserve = b_mode == NORM_PRESERVING
-    b_length = tl.sqrt_rn(b_second)
-    b_coordinate = tl.div_rn(b_first, b_length)
+    b_inverse = tl.rsqrt(b_second)
+    b_coordinate = b_first * b_inverse
     b_held = tl.maximum(b_coordinate, b_p0, propagate_nan=tl.PropagateNan.ALL)
     b_held = tl.minimum(b_held, b_p1, propagate_nan=tl.PropagateNan.ALL)
     b_change = tl.where(b_mode == ABLATE, -b_a * b_p0 * b_coordinate, b_a * (b_held - b_coordinate))
-    b_add = tl.where(m_along, tl.div_rn(b_change, b_length), b_a * b_p0)
+    b_add = tl.where(m_along, b_change * b_inverse, b_a * b_p0)
     b_keep = tl.where(b_mode == REPLACE, 1.0 - b_a, 1.0)
-    b_ratio = tl.where(m_preserve, tl.sqrt_rn(tl.div_rn(b_first, b_second)), 1.0)
+    b_ratio = tl.where(m_preserve, tl.sqrt(b_first) * b_inverse, 1.0)
     m_nothing = ((b_keep == 1.0) & (b_add == 0.0)) | ((m_along | m_preserve) & (b_second == 0.0))
-    return b_keep, b_add, b_ratio, m_nothing == 0
+    m_known = (b_mode >= ABLATE) & (b_mode <= REPLACE)
+    return b_keep, b_add, b_ratio, m_known & (m_nothing == 0)
 
 
 @triton.jit(do_not_specialize=["n_slots"])
@@ -71,57 +72,57 @@ def steer_kernel(
     stored = p_hidden.dtype.element_ty
     if EAGER:
         b_hidden = tl.load(p_hidden + o_h, mask=o_h < H, other=0.0)
+        tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
+    m_steered = (b_slot >= 0) & (b_slot < n_slots)
+    if not EAGER:
+        if not m_steered:
+            return
+    # No branch from here on: into one the compiler would move the load of hidden, behind the wait for the slot.
     b_a = 1.0
     if p_scale is not None:
         b_a = tl.load(p_scale + i_t)
-    if (b_slot >= 0) & (b_slot < n_slots):
-        p_directions += b_slot * s_directions
-        b_mode = tl.load(p_mode + b_slot)
-        b_p0 = tl.load(p_params + 2 * b_slot)
-        b_p1 = tl.load(p_params + 2 * b_slot + 1)
-        m_preserve = b_mode == NORM_PRESERVING
-        m_known = (b_mode >= ABLATE) & (b_mode <= REPLACE)
-        if WHOLE:
-            m_h = o_h < H
-            if not EAGER:
-                b_hidden = tl.load(p_hidden + o_h, mask=m_h, other=0.0)
-            b_h = b_hidden.to(tl.float32)
-            b_d = tl.load(p_directions + o_h, mask=m_h, other=0.0).to(tl.float32)
+    b_mode = tl.load(p_mode + b_slot, mask=m_steered, other=-1)
+    b_p0 = tl.load(p_params + 2 * b_slot, mask=m_steered, other=0.0)
+    b_p1 = tl.load(p_params + 2 * b_slot + 1, mask=m_steered, other=0.0)
+    p_directions += b_slot * s_directions
+    b_end = tl.where(m_steered, H, 0)
+    m_preserve = b_mode == NORM_PRESERVING
+    if WHOLE:
+        if not EAGER:
+            b_hidden = tl.load(p_hidden + o_h, mask=o_h < b_end, other=0.0)
+        b_h = b_hidden.to(tl.float32)
+        b_d = tl.load(p_directions + o_h, mask=o_h < b_end, other=0.0).to(tl.float32)
+        b_first, b_second = _terms(b_h, b_d, b_a * b_p0, m_preserve)
+        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_first, 0), tl.sum(b_second, 0), b_mode, b_a, b_p0, b_p1)
+        b_h = (b_keep * b_h + b_add * b_d) * b_ratio
+        tl.store(p_hidden + o_h, b_h.to(stored), mask=o_h < tl.where(m_changes, H, 0))
+    else:
+        b_firsts = tl.zeros([BLOCK], tl.float32)
+        b_seconds = tl.zeros([BLOCK], tl.float32)
+        for i_h in range(0, b_end, BLOCK):
+            o_c = i_h + o_h
+            b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
             b_first, b_second = _terms(b_h, b_d, b_a * b_p0, m_preserve)
-            b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_first, 0), tl.sum(b_second, 0), b_mode, b_a, b_p0, b_p1)
-            if m_known & m_changes:
-                b_h = (b_keep * b_h + b_add * b_d) * b_ratio
-                tl.store(p_hidden + o_h, b_h.to(stored), mask=m_h)
-        else:
-            b_firsts = tl.zeros([BLOCK], tl.float32)
-            b_seconds = tl.zeros([BLOCK], tl.float32)
-            for i_h in range(0, H, BLOCK):
-                o_c = i_h + o_h
-                b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-                b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-                b_first, b_second = _terms(b_h, b_d, b_a * b_p0, m_preserve)
-                b_firsts += b_first
-                b_seconds += b_second
-            b_keep, b_add, b_ratio, m_changes = _plan(
-                tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1
-            )
-            if m_known & m_changes:
-                for i_h in range(0, H, BLOCK):
-                    o_c = i_h + o_h
-                    b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-                    b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-                    b_h = (b_keep * b_h + b_add * b_d) * b_ratio
-                    tl.store(p_hidden + o_c, b_h.to(stored), mask=o_c < H)
+            b_firsts += b_first
+            b_seconds += b_second
+        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1)
+        for i_h in range(0, tl.where(m_changes, H, 0), BLOCK):
+            o_c = i_h + o_h
+            b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            b_h = (b_keep * b_h + b_add * b_d) * b_ratio
+            tl.store(p_hidden + o_c, b_h.to(stored), mask=o_c < H)
 
 
 @functools.cache
 def steer_config(H: int, eager: bool) -> Config:
-    """Block and options for rows of H columns. No contraction, so that replacing has the bits of the reference."""
+    """Block and options for rows of H columns."""
     block, num_warps = whole_row(H)
     whole = H <= block
     constants = {"BLOCK": block, "WHOLE": whole, "EAGER": whole and eager}
-    return Config(constants, num_warps=num_warps, enable_fp_fusion=False)
+    return Config(constants, num_warps=num_warps, enable_fp_fusion=True)
 
 
 def steer_(
