@@ -4,7 +4,7 @@ residual_out[t] = (update[t] + residual[t]) + scale[t] * bank[slots[t]]
 normed[t] = residual_out[t] / sqrt(mean(residual_out[t]^2) + eps) * weight
 
 A program takes one row. What it has read stays in its registers until the root is known, so that 4 T H elements move,
-where the three steps apart move 7; bank and weight come from cache. Rows wider than 8192 go by in blocks, and the
+where the three steps apart move 7; bank and weight come from cache. Rows wider than 20480 go by in tiles, and the
 second pass reads back the residual_out that the first has written, from L1 or L2. A row's squares are added up within
 its program, in one order: the result depends on no other row.
 """
@@ -21,12 +21,10 @@ from personafast._triton.rows import whole_row
 
 
 @triton.jit
-def _sum(p_update, p_residual, p_added, b_scale, m_steered, o_h, H):
+def _sum(b_update, b_residual, p_added, b_scale, m_steered, o_h, H):
     """(update + residual) + scale * bank in fp32; nothing of the bank is read where nothing is injected."""
-    b_update = tl.load(p_update + o_h, mask=o_h < H, other=0.0).to(tl.float32)
-    b_residual = tl.load(p_residual + o_h, mask=o_h < H, other=0.0).to(tl.float32)
     b_added = tl.load(p_added + o_h, mask=o_h < tl.where(m_steered, H, 0), other=0.0).to(tl.float32)
-    b_total = b_update + b_residual
+    b_total = b_update.to(tl.float32) + b_residual.to(tl.float32)
     return tl.where(m_steered, b_total + b_added * b_scale, b_total)
 
 
@@ -47,53 +45,64 @@ def add_inject_rms_norm_kernel(
     H,
     eps,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """One row t, at once if WHOLE and else in blocks of BLOCK columns; sums in fp32, each result rounded once."""
+    """One row t, in TILES tiles of BLOCK columns that stay in registers, or a tile at a time if TILES is 0."""
     i_t = tl.program_id(0).to(tl.int64)
-    b_slot = tl.load(p_slots + i_t).to(tl.int64)
-    b_scale = 1.0
-    if p_scale is not None:
-        b_scale = tl.load(p_scale + i_t)
-    m_steered = (b_slot >= 0) & (b_slot < n_bank)
-    p_added = p_bank + b_slot * s_bank
+    o_h = tl.arange(0, BLOCK)
     p_update += i_t * s_update
     p_residual += i_t * s_residual
     p_normed += i_t * H
     p_residual_out += i_t * H
     stored = p_residual_out.dtype.element_ty
-    o_h = tl.arange(0, BLOCK)
-    if WHOLE:
-        m_h = o_h < H
-        b_weight = tl.load(p_weight + o_h, mask=m_h, other=0.0)
-        b_sum = _sum(p_update, p_residual, p_added, b_scale, m_steered, o_h, H).to(stored)
-        tl.store(p_residual_out + o_h, b_sum, mask=m_h)
-        b_x = b_sum.to(tl.float32)
-        b_normed = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / H + eps) * b_weight.to(tl.float32)
-        tl.store(p_normed + o_h, b_normed.to(stored), mask=m_h)
+    b_updates, b_residuals = (), ()
+    if TILES > 0:
+        for i in tl.static_range(TILES):
+            b_updates = b_updates + (tl.load(p_update + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
+            b_residuals = b_residuals + (tl.load(p_residual + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
+        # Otherwise the compiler moves these loads behind the wait for the slot.
+        tl.debug_barrier()
+    b_slot = tl.load(p_slots + i_t).to(tl.int64)
+    b_scale = 1.0
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + i_t)
+    m_steered = (b_slot >= 0) & (b_slot < n_bank)
+    p_bank += b_slot * s_bank
+    b_squares = tl.zeros([BLOCK], tl.float32)
+    if TILES > 0:
+        b_sums = ()
+        for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
+            b_sum = _sum(b_updates[i], b_residuals[i], p_bank, b_scale, m_steered, o_c, H).to(stored)
+            tl.store(p_residual_out + o_c, b_sum, mask=o_c < H)
+            b_squares += b_sum.to(tl.float32) * b_sum.to(tl.float32)
+            b_sums = b_sums + (b_sum,)
+        b_inverse = tl.rsqrt(tl.sum(b_squares, 0) / H + eps)
+        for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
+            b_weight = tl.load(p_weight + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            tl.store(p_normed + o_c, (b_sums[i].to(tl.float32) * b_inverse * b_weight).to(stored), mask=o_c < H)
     else:
-        b_squares = tl.zeros([BLOCK], tl.float32)
         for i_h in range(0, H, BLOCK):
             o_c = i_h + o_h
-            m_h = o_c < H
-            b_sum = _sum(p_update, p_residual, p_added, b_scale, m_steered, o_c, H).to(stored)
-            tl.store(p_residual_out + o_c, b_sum, mask=m_h)
-            b_x = b_sum.to(tl.float32)
-            b_squares += b_x * b_x
+            b_update = tl.load(p_update + o_c, mask=o_c < H, other=0.0)
+            b_residual = tl.load(p_residual + o_c, mask=o_c < H, other=0.0)
+            b_sum = _sum(b_update, b_residual, p_bank, b_scale, m_steered, o_c, H).to(stored)
+            tl.store(p_residual_out + o_c, b_sum, mask=o_c < H)
+            b_squares += b_sum.to(tl.float32) * b_sum.to(tl.float32)
         b_inverse = tl.rsqrt(tl.sum(b_squares, 0) / H + eps)
         for i_h in range(0, H, BLOCK):
             o_c = i_h + o_h
-            m_h = o_c < H
-            b_weight = tl.load(p_weight + o_c, mask=m_h, other=0.0).to(tl.float32)
-            b_x = tl.load(p_residual_out + o_c, mask=m_h, other=0.0).to(tl.float32)
-            tl.store(p_normed + o_c, (b_x * b_inverse * b_weight).to(stored), mask=m_h)
+            b_weight = tl.load(p_weight + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            b_sum = tl.load(p_residual_out + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+            tl.store(p_normed + o_c, (b_sum * b_inverse * b_weight).to(stored), mask=o_c < H)
 
 
 @functools.cache
 def add_inject_rms_norm_config(H: int) -> Config:
     """Block and options for rows of H columns. Products and sums stay apart: residual_out has the reference's bits."""
-    block, num_warps = whole_row(H)
-    return Config({"BLOCK": block, "WHOLE": H <= block}, num_warps=num_warps, enable_fp_fusion=False)
+    block, tiles, num_warps = whole_row(H)
+    return Config({"BLOCK": block, "TILES": tiles}, num_warps=num_warps, enable_fp_fusion=False)
 
 
 def add_inject_rms_norm(

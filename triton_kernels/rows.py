@@ -8,11 +8,12 @@ import torch
 import triton
 from personafast._triton.launch import device_of
 
-# Elements a thread holds of a row that stays in registers: four accesses of 16 bytes at 16 bit. With fewer, what every
-# thread has to do for its row as a whole (addresses, sums over the warps) would be half of its instructions.
-PER_THREAD = 32
-# The widest row that stays in registers; a wider one is read twice, the second time from cache.
-WIDEST = 8192
+# Tiles that a row in registers is cut into at most, each 8 elements a thread. With fewer than 32 elements, what every
+# thread does for its row as a whole (addresses, sums over the warps) would be half of its instructions. And widths
+# that are no power of two leave few threads idle.
+_TILES = 5
+# The widest tile: 512 threads.
+_WIDEST = 4096
 # Threads of a multiprocessor, of those that have the fewest.
 _RESIDENT = 1536
 
@@ -27,7 +28,12 @@ def in_one_wave(tensor: torch.Tensor, programs: int, num_warps: int) -> bool:
 
 
 @functools.cache
-def whole_row(H: int) -> tuple[int, int]:
-    """(columns, warps) of a program that has to see its row at once: all of it if it is not wider than `WIDEST`."""
-    block = max(128, triton.next_power_of_2(H)) if H <= WIDEST else WIDEST // 2
-    return block, max(1, block // (32 * PER_THREAD))
+def whole_row(H: int) -> tuple[int, int, int]:
+    """(columns of a tile, tiles, warps) of a program that has to see its row at once.
+
+    No tiles: the row is too wide for the registers, and goes by a tile at a time.
+    """
+    block = max(256, triton.next_power_of_2(triton.cdiv(H, _TILES)))
+    if block > _WIDEST:
+        return _WIDEST, 0, _WIDEST // 256
+    return block, max(1, triton.cdiv(H, block)), block // 256

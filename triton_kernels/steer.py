@@ -5,7 +5,7 @@ two sums over the row. Ablating and clamping need h.d and d.d, adding with the n
 replacing none, so one pass has the two of any mode and rows of different modes run the same instructions.
 
 A program takes one row, which stays in its registers between the sums and the result: 2 T H elements, the directions
-from cache. Rows wider than 8192 go by in blocks, twice, the second time from L1 or L2. A row for which there is nothing
+from cache. Rows wider than 20480 go by in tiles, twice, the second time from L1 or L2. A row for which there is nothing
 to do is not written. Sums stay within a program and have one order.
 """
 
@@ -24,11 +24,12 @@ NORM_PRESERVING, REPLACE = tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
-def _terms(b_h, b_d, b_given, m_preserve):
-    """What the two sums of a row are of, at each column; b_given is the multiple of d that the parameters give."""
-    b_first = b_h * tl.where(m_preserve, b_h, b_d)
+def _terms(b_hidden, b_direction, b_given, m_preserve):
+    """(h, d, what the two sums of a row are of); b_given is the multiple of d that the parameters give."""
+    b_h = b_hidden.to(tl.float32)
+    b_d = b_direction.to(tl.float32)
     b_second = tl.where(m_preserve, b_h + b_given * b_d, b_d)
-    return b_first, b_second * b_second
+    return b_h, b_d, b_h * tl.where(m_preserve, b_h, b_d), b_second * b_second
 
 
 @triton.jit
@@ -62,23 +63,25 @@ def steer_kernel(
     n_slots,
     H,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    TILES: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """One row t, at once if WHOLE and else in blocks of BLOCK columns; fp32 until the one rounding."""
+    """One row t, in TILES tiles of BLOCK columns that stay in registers, or a tile at a time if TILES is 0."""
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK)
     p_hidden += i_t * s_hidden
     stored = p_hidden.dtype.element_ty
+    b_rows = ()
     if EAGER:
-        b_hidden = tl.load(p_hidden + o_h, mask=o_h < H, other=0.0)
+        for i in tl.static_range(TILES):
+            b_rows = b_rows + (tl.load(p_hidden + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
+        # Otherwise the compiler moves these loads behind the wait for the slot.
         tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
     m_steered = (b_slot >= 0) & (b_slot < n_slots)
     if not EAGER:
         if not m_steered:
             return
-    # No branch from here on: into one the compiler would move the load of hidden, behind the wait for the slot.
     b_a = 1.0
     if p_scale is not None:
         b_a = tl.load(p_scale + i_t)
@@ -88,23 +91,33 @@ def steer_kernel(
     p_directions += b_slot * s_directions
     b_end = tl.where(m_steered, H, 0)
     m_preserve = b_mode == NORM_PRESERVING
-    if WHOLE:
-        if not EAGER:
-            b_hidden = tl.load(p_hidden + o_h, mask=o_h < b_end, other=0.0)
-        b_h = b_hidden.to(tl.float32)
-        b_d = tl.load(p_directions + o_h, mask=o_h < b_end, other=0.0).to(tl.float32)
-        b_first, b_second = _terms(b_h, b_d, b_a * b_p0, m_preserve)
-        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_first, 0), tl.sum(b_second, 0), b_mode, b_a, b_p0, b_p1)
-        b_h = (b_keep * b_h + b_add * b_d) * b_ratio
-        tl.store(p_hidden + o_h, b_h.to(stored), mask=o_h < tl.where(m_changes, H, 0))
+    b_firsts = tl.zeros([BLOCK], tl.float32)
+    b_seconds = tl.zeros([BLOCK], tl.float32)
+    if TILES > 0:
+        b_directions, b_hs, b_ds = (), (), ()
+        for i in tl.static_range(TILES):
+            if not EAGER:
+                b_rows = b_rows + (tl.load(p_hidden + i * BLOCK + o_h, mask=i * BLOCK + o_h < b_end, other=0.0),)
+            b_directions = b_directions + (
+                tl.load(p_directions + i * BLOCK + o_h, mask=i * BLOCK + o_h < b_end, other=0.0),
+            )
+        for i in tl.static_range(TILES):
+            b_h, b_d, b_first, b_second = _terms(b_rows[i], b_directions[i], b_a * b_p0, m_preserve)
+            b_firsts += b_first
+            b_seconds += b_second
+            b_hs = b_hs + (b_h,)
+            b_ds = b_ds + (b_d,)
+        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1)
+        b_end = tl.where(m_changes, H, 0)
+        for i in tl.static_range(TILES):
+            b_h = (b_keep * b_hs[i] + b_add * b_ds[i]) * b_ratio
+            tl.store(p_hidden + i * BLOCK + o_h, b_h.to(stored), mask=i * BLOCK + o_h < b_end)
     else:
-        b_firsts = tl.zeros([BLOCK], tl.float32)
-        b_seconds = tl.zeros([BLOCK], tl.float32)
         for i_h in range(0, b_end, BLOCK):
             o_c = i_h + o_h
-            b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-            b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-            b_first, b_second = _terms(b_h, b_d, b_a * b_p0, m_preserve)
+            b_hidden = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0)
+            b_direction = tl.load(p_directions + o_c, mask=o_c < H, other=0.0)
+            b_h, b_d, b_first, b_second = _terms(b_hidden, b_direction, b_a * b_p0, m_preserve)
             b_firsts += b_first
             b_seconds += b_second
         b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1)
@@ -119,9 +132,8 @@ def steer_kernel(
 @functools.cache
 def steer_config(H: int, eager: bool) -> Config:
     """Block and options for rows of H columns."""
-    block, num_warps = whole_row(H)
-    whole = H <= block
-    constants = {"BLOCK": block, "WHOLE": whole, "EAGER": whole and eager}
+    block, tiles, num_warps = whole_row(H)
+    constants = {"BLOCK": block, "TILES": tiles, "EAGER": tiles > 0 and eager}
     return Config(constants, num_warps=num_warps, enable_fp_fusion=True)
 
 
@@ -143,7 +155,7 @@ def steer_(
     launch(
         steer_kernel,
         (T, 1, 1),
-        steer_config(H, in_one_wave(hidden, T, whole_row(H)[1])),
+        steer_config(H, in_one_wave(hidden, T, whole_row(H)[2])),
         target,
         directions,
         slots.contiguous(),

@@ -92,5 +92,6 @@ SPECIMENS = (
     *(_specimen(4096, 4096, dtype, True) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
     _specimen(4096, 8192, torch.bfloat16, True, torch.float32),
     _specimen(8, 896, torch.bfloat16, False),
-    _specimen(4096, 16384, torch.bfloat16, True),
+    _specimen(8, 5120, torch.bfloat16, True),
+    _specimen(4096, 24576, torch.bfloat16, True),
 )
