@@ -33,8 +33,9 @@ def _terms(b_hidden, b_direction, b_given, m_preserve):
 
 
 @triton.jit
-def _plan(b_first, b_second, b_mode, b_a, b_p0, b_p1):
-    """(keep, add, ratio, whether the row changes) from the sums of a row."""
+def _plan(b_firsts, b_seconds, b_mode, b_a, b_p0, b_p1):
+    """(keep, add, ratio, whether the row changes) from what the sums of a row are of, added up over its warps once."""
+    b_first, b_second = tl.split(tl.sum(tl.join(b_firsts, b_seconds), 0))
     m_along = (b_mode == ABLATE) | (b_mode == CLAMP)
     m_preserve = b_mode == NORM_PRESERVING
     b_inverse = tl.rsqrt(b_second)
@@ -107,7 +108,7 @@ def steer_kernel(
             b_seconds += b_second
             b_hs = b_hs + (b_h,)
             b_ds = b_ds + (b_d,)
-        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1)
+        b_keep, b_add, b_ratio, m_changes = _plan(b_firsts, b_seconds, b_mode, b_a, b_p0, b_p1)
         b_end = tl.where(m_changes, H, 0)
         for i in tl.static_range(TILES):
             b_h = (b_keep * b_hs[i] + b_add * b_ds[i]) * b_ratio
@@ -120,7 +121,7 @@ def steer_kernel(
             b_h, b_d, b_first, b_second = _terms(b_hidden, b_direction, b_a * b_p0, m_preserve)
             b_firsts += b_first
             b_seconds += b_second
-        b_keep, b_add, b_ratio, m_changes = _plan(tl.sum(b_firsts, 0), tl.sum(b_seconds, 0), b_mode, b_a, b_p0, b_p1)
+        b_keep, b_add, b_ratio, m_changes = _plan(b_firsts, b_seconds, b_mode, b_a, b_p0, b_p1)
         for i_h in range(0, tl.where(m_changes, H, 0), BLOCK):
             o_c = i_h + o_h
             b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)

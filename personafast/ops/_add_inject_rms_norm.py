@@ -185,6 +185,8 @@ def add_inject_rms_norm(
     rounding between the addition and the injection; engines that round before they multiply by the weight (Hugging
     Face's Llama, vLLM) round `normed` once more.
 
+    On a GPU it is one launch of a Triton kernel, which reads each row once and writes it twice.
+
     The weight multiplies as it is: for Gemma's norm, whose factor is 1 + weight, hand in 1 + weight, best in float32.
 
     Args:

@@ -121,7 +121,8 @@ _unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a boolean mask along its input features, least significant bit first.
 
-    Bit j of word w of row o is mask[o, 32 w + j]; the bits beyond I are zero.
+    Bit j of word w of row o is mask[o, 32 w + j]; the bits beyond I are zero. On a GPU it is one launch of a Triton
+    kernel.
 
     Args:
         mask: bool [O, I].
@@ -136,7 +137,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(packed: torch.Tensor, features: int) -> torch.Tensor:
-    """Undo `pack_mask`.
+    """Undo `pack_mask`; on a GPU, one launch of a Triton kernel.
 
     Args:
         packed: int32 [O, ceil(I / 32)]; bits beyond I are ignored.

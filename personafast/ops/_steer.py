@@ -216,7 +216,8 @@ def steer_(
     Sums are in fp32 (float64 for float64) and so are the results until each element is rounded once. Squares must not
     leave the range of fp32: |d| and |h| between 1e-18 and 1e19; a shorter d counts as 0.
 
-    Where a block hands on (hidden, residual), the row to steer is their sum.
+    On a GPU it is one launch of a Triton kernel, whatever modes are in use. Where a block hands on (hidden, residual),
+    the row to steer is their sum.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64; rows may be strided. Changed in place.

@@ -66,7 +66,9 @@ def cases(tiny: bool = False) -> tuple[GpuCase, ...]:
     return (_mixed(4096, 4096, 64, copy_share=0.85), _mixed(256, 4096, 64))
 
 
-def _specimen(rows: int, hidden: int, dtype: torch.dtype, scaled: bool, directions: torch.dtype | None = None) -> Specimen:
+def _specimen(
+    rows: int, hidden: int, dtype: torch.dtype, scaled: bool, directions: torch.dtype | None = None
+) -> Specimen:
     from personafast._triton import steer_
 
     directions = directions or dtype

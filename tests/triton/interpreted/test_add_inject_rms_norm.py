@@ -49,7 +49,7 @@ def plainly(update, residual, bank, slots, scale, weight, eps):
 )
 @pytest.mark.parametrize("width", [1, 127, 1000, 4097, 20490])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_obeys_the_error_rule(kinds, width, scaled, dtype=torch.float64):
+def test_obeys_the_error_rule(kinds, width, scaled):
     *args, scale, weight = make(width, *kinds)
     args = (*args, scale if scaled else None, weight, EPS)
     before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
