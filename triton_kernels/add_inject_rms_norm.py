@@ -21,11 +21,10 @@ from personafast._triton.rows import whole_row
 
 
 @triton.jit
-def _sum(b_update, b_residual, p_added, b_scale, m_steered, o_h, H):
-    """(update + residual) + scale * bank in fp32; nothing of the bank is read where nothing is injected."""
-    b_added = tl.load(p_added + o_h, mask=o_h < tl.where(m_steered, H, 0), other=0.0).to(tl.float32)
+def _sum(b_update, b_residual, b_added, b_scale, m_steered):
+    """(update + residual) + scale * bank in fp32."""
     b_total = b_update.to(tl.float32) + b_residual.to(tl.float32)
-    return tl.where(m_steered, b_total + b_added * b_scale, b_total)
+    return tl.where(m_steered, b_total + b_added.to(tl.float32) * b_scale, b_total)
 
 
 @triton.jit(do_not_specialize=["n_bank"])
@@ -46,8 +45,9 @@ def add_inject_rms_norm_kernel(
     eps,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """One row t, in TILES tiles of BLOCK columns that stay in registers, or a tile at a time if TILES is 0."""
+    """One row t, in TILES tiles of BLOCK columns, which stay in registers if HELD."""
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK)
     p_update += i_t * s_update
@@ -56,10 +56,11 @@ def add_inject_rms_norm_kernel(
     p_residual_out += i_t * H
     stored = p_residual_out.dtype.element_ty
     b_updates, b_residuals = (), ()
-    if TILES > 0:
+    if HELD:
         for i in tl.static_range(TILES):
-            b_updates = b_updates + (tl.load(p_update + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
-            b_residuals = b_residuals + (tl.load(p_residual + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
+            o_c = i * BLOCK + o_h
+            b_updates = b_updates + (tl.load(p_update + o_c, mask=o_c < H, other=0.0),)
+            b_residuals = b_residuals + (tl.load(p_residual + o_c, mask=o_c < H, other=0.0),)
         # Otherwise the compiler moves these loads behind the wait for the slot.
         tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
@@ -68,31 +69,40 @@ def add_inject_rms_norm_kernel(
         b_scale = tl.load(p_scale + i_t)
     m_steered = (b_slot >= 0) & (b_slot < n_bank)
     p_bank += b_slot * s_bank
+    b_end = tl.where(m_steered, H, 0)  # nothing of the bank is read where nothing is injected
     b_squares = tl.zeros([BLOCK], tl.float32)
-    if TILES > 0:
-        b_sums = ()
+    if HELD:
+        b_added, b_sums, b_weights = (), (), ()
         for i in tl.static_range(TILES):
             o_c = i * BLOCK + o_h
-            b_sum = _sum(b_updates[i], b_residuals[i], p_bank, b_scale, m_steered, o_c, H).to(stored)
-            tl.store(p_residual_out + o_c, b_sum, mask=o_c < H)
+            b_added = b_added + (tl.load(p_bank + o_c, mask=o_c < b_end, other=0.0),)
+        for i in tl.static_range(TILES):
+            b_sum = _sum(b_updates[i], b_residuals[i], b_added[i], b_scale, m_steered).to(stored)
             b_squares += b_sum.to(tl.float32) * b_sum.to(tl.float32)
             b_sums = b_sums + (b_sum,)
+        for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
+            b_weights = b_weights + (tl.load(p_weight + o_c, mask=o_c < H, other=0.0),)
+        for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
+            tl.store(p_residual_out + o_c, b_sums[i], mask=o_c < H)
         b_inverse = tl.rsqrt(tl.sum(b_squares, 0) / H + eps)
         for i in tl.static_range(TILES):
             o_c = i * BLOCK + o_h
-            b_weight = tl.load(p_weight + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-            tl.store(p_normed + o_c, (b_sums[i].to(tl.float32) * b_inverse * b_weight).to(stored), mask=o_c < H)
+            b_normed = b_sums[i].to(tl.float32) * b_inverse * b_weights[i].to(tl.float32)
+            tl.store(p_normed + o_c, b_normed.to(stored), mask=o_c < H)
     else:
-        for i_h in range(0, H, BLOCK):
-            o_c = i_h + o_h
+        for i in range(TILES):
+            o_c = i * BLOCK + o_h
             b_update = tl.load(p_update + o_c, mask=o_c < H, other=0.0)
             b_residual = tl.load(p_residual + o_c, mask=o_c < H, other=0.0)
-            b_sum = _sum(b_update, b_residual, p_bank, b_scale, m_steered, o_c, H).to(stored)
+            b_add = tl.load(p_bank + o_c, mask=o_c < b_end, other=0.0)
+            b_sum = _sum(b_update, b_residual, b_add, b_scale, m_steered).to(stored)
             tl.store(p_residual_out + o_c, b_sum, mask=o_c < H)
             b_squares += b_sum.to(tl.float32) * b_sum.to(tl.float32)
         b_inverse = tl.rsqrt(tl.sum(b_squares, 0) / H + eps)
-        for i_h in range(0, H, BLOCK):
-            o_c = i_h + o_h
+        for i in range(TILES):
+            o_c = i * BLOCK + o_h
             b_weight = tl.load(p_weight + o_c, mask=o_c < H, other=0.0).to(tl.float32)
             b_sum = tl.load(p_residual_out + o_c, mask=o_c < H, other=0.0).to(tl.float32)
             tl.store(p_normed + o_c, (b_sum * b_inverse * b_weight).to(stored), mask=o_c < H)
@@ -101,8 +111,8 @@ def add_inject_rms_norm_kernel(
 @functools.cache
 def add_inject_rms_norm_config(H: int) -> Config:
     """Block and options for rows of H columns. Products and sums stay apart: residual_out has the reference's bits."""
-    block, tiles, num_warps = whole_row(H)
-    return Config({"BLOCK": block, "TILES": tiles}, num_warps=num_warps, enable_fp_fusion=False)
+    constants, num_warps = whole_row(H)
+    return Config(constants, num_warps=num_warps, enable_fp_fusion=False)
 
 
 def add_inject_rms_norm(

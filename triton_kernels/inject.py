@@ -38,13 +38,13 @@ def inject_kernel(
     p_row = p_hidden + i_t * s_hidden + o_h
     if EAGER:
         b_hidden = tl.load(p_row, mask=o_h < H, other=0.0)
+        # Otherwise the compiler moves this load behind the wait for the slot.
         tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
     m_steered = (b_slot >= 0) & (b_slot < n_bank)
     if not EAGER:
         if not m_steered:
             return
-    # No branch from here on: into one the compiler would move the load of hidden, behind the wait for the slot.
     m_h = o_h < tl.where(m_steered, H, 0)
     if not EAGER:
         b_hidden = tl.load(p_row, mask=m_h, other=0.0)

@@ -28,12 +28,12 @@ def in_one_wave(tensor: torch.Tensor, programs: int, num_warps: int) -> bool:
 
 
 @functools.cache
-def whole_row(H: int) -> tuple[int, int, int]:
-    """(columns of a tile, tiles, warps) of a program that has to see its row at once.
+def whole_row(H: int) -> tuple[dict[str, int | bool], int]:
+    """(constants, warps) of a program that has to see its row at once.
 
-    No tiles: the row is too wide for the registers, and goes by a tile at a time.
+    The constants are BLOCK, the columns of a tile; TILES, how many the row has; and HELD, whether all of them stay in
+    registers. A row too wide for that goes by a tile at a time.
     """
-    block = max(256, triton.next_power_of_2(triton.cdiv(H, _TILES)))
-    if block > _WIDEST:
-        return _WIDEST, 0, _WIDEST // 256
-    return block, max(1, triton.cdiv(H, block)), block // 256
+    block = min(_WIDEST, max(256, triton.next_power_of_2(triton.cdiv(H, _TILES))))
+    tiles = max(1, triton.cdiv(H, block))
+    return {"BLOCK": block, "TILES": tiles, "HELD": tiles <= _TILES}, block // 256

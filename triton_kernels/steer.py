@@ -65,9 +65,10 @@ def steer_kernel(
     H,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    HELD: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """One row t, in TILES tiles of BLOCK columns that stay in registers, or a tile at a time if TILES is 0."""
+    """One row t, in TILES tiles of BLOCK columns, which stay in registers if HELD; fp32 until the one rounding."""
     i_t = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BLOCK)
     p_hidden += i_t * s_hidden
@@ -75,7 +76,8 @@ def steer_kernel(
     b_rows = ()
     if EAGER:
         for i in tl.static_range(TILES):
-            b_rows = b_rows + (tl.load(p_hidden + i * BLOCK + o_h, mask=i * BLOCK + o_h < H, other=0.0),)
+            o_c = i * BLOCK + o_h
+            b_rows = b_rows + (tl.load(p_hidden + o_c, mask=o_c < H, other=0.0),)
         # Otherwise the compiler moves these loads behind the wait for the slot.
         tl.debug_barrier()
     b_slot = tl.load(p_slots + i_t).to(tl.int64)
@@ -94,14 +96,13 @@ def steer_kernel(
     m_preserve = b_mode == NORM_PRESERVING
     b_firsts = tl.zeros([BLOCK], tl.float32)
     b_seconds = tl.zeros([BLOCK], tl.float32)
-    if TILES > 0:
+    if HELD:
         b_directions, b_hs, b_ds = (), (), ()
         for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
             if not EAGER:
-                b_rows = b_rows + (tl.load(p_hidden + i * BLOCK + o_h, mask=i * BLOCK + o_h < b_end, other=0.0),)
-            b_directions = b_directions + (
-                tl.load(p_directions + i * BLOCK + o_h, mask=i * BLOCK + o_h < b_end, other=0.0),
-            )
+                b_rows = b_rows + (tl.load(p_hidden + o_c, mask=o_c < b_end, other=0.0),)
+            b_directions = b_directions + (tl.load(p_directions + o_c, mask=o_c < b_end, other=0.0),)
         for i in tl.static_range(TILES):
             b_h, b_d, b_first, b_second = _terms(b_rows[i], b_directions[i], b_a * b_p0, m_preserve)
             b_firsts += b_first
@@ -109,33 +110,33 @@ def steer_kernel(
             b_hs = b_hs + (b_h,)
             b_ds = b_ds + (b_d,)
         b_keep, b_add, b_ratio, m_changes = _plan(b_firsts, b_seconds, b_mode, b_a, b_p0, b_p1)
-        b_end = tl.where(m_changes, H, 0)
         for i in tl.static_range(TILES):
+            o_c = i * BLOCK + o_h
             b_h = (b_keep * b_hs[i] + b_add * b_ds[i]) * b_ratio
-            tl.store(p_hidden + i * BLOCK + o_h, b_h.to(stored), mask=i * BLOCK + o_h < b_end)
+            tl.store(p_hidden + o_c, b_h.to(stored), mask=o_c < tl.where(m_changes, H, 0))
     else:
-        for i_h in range(0, b_end, BLOCK):
-            o_c = i_h + o_h
-            b_hidden = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0)
-            b_direction = tl.load(p_directions + o_c, mask=o_c < H, other=0.0)
+        for i in range(TILES):
+            o_c = i * BLOCK + o_h
+            b_hidden = tl.load(p_hidden + o_c, mask=o_c < b_end, other=0.0)
+            b_direction = tl.load(p_directions + o_c, mask=o_c < b_end, other=0.0)
             b_h, b_d, b_first, b_second = _terms(b_hidden, b_direction, b_a * b_p0, m_preserve)
             b_firsts += b_first
             b_seconds += b_second
         b_keep, b_add, b_ratio, m_changes = _plan(b_firsts, b_seconds, b_mode, b_a, b_p0, b_p1)
-        for i_h in range(0, tl.where(m_changes, H, 0), BLOCK):
-            o_c = i_h + o_h
-            b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-            b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
-            b_h = (b_keep * b_h + b_add * b_d) * b_ratio
-            tl.store(p_hidden + o_c, b_h.to(stored), mask=o_c < H)
+        if m_changes:
+            for i in range(TILES):
+                o_c = i * BLOCK + o_h
+                b_h = tl.load(p_hidden + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+                b_d = tl.load(p_directions + o_c, mask=o_c < H, other=0.0).to(tl.float32)
+                b_h = (b_keep * b_h + b_add * b_d) * b_ratio
+                tl.store(p_hidden + o_c, b_h.to(stored), mask=o_c < H)
 
 
 @functools.cache
 def steer_config(H: int, eager: bool) -> Config:
     """Block and options for rows of H columns."""
-    block, tiles, num_warps = whole_row(H)
-    constants = {"BLOCK": block, "TILES": tiles, "EAGER": tiles > 0 and eager}
-    return Config(constants, num_warps=num_warps, enable_fp_fusion=True)
+    constants, num_warps = whole_row(H)
+    return Config({**constants, "EAGER": eager and constants["HELD"]}, num_warps=num_warps, enable_fp_fusion=True)
 
 
 def steer_(
@@ -156,7 +157,7 @@ def steer_(
     launch(
         steer_kernel,
         (T, 1, 1),
-        steer_config(H, in_one_wave(hidden, T, whole_row(H)[2])),
+        steer_config(H, in_one_wave(hidden, T, whole_row(H)[1])),
         target,
         directions,
         slots.contiguous(),
