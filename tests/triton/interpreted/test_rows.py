@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from personafast._triton.rows import in_one_wave, whole_row
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from personafast._triton import launch
 
 from personafast import ops
-from personafast._triton import launch
 from personafast.errors import BackendError
 from personafast.ops import SteerMode, _steer
 
