@@ -126,7 +126,8 @@ def _run(
 ) -> None:
     _validate(hidden, directions, slots, mode, params, scale)
     check_rows_apart("steer_", "hidden", hidden)
-    if _backend.pick("steer_", hidden.device.type) == "cpu":
+    backend = _backend.pick("steer_", hidden.device.type)
+    if backend == "cpu":
         kind = _KERNEL_DTYPES.get(hidden.dtype)
         if kind is None:
             _backend.refuse("steer_", f"dtype {hidden.dtype}")
@@ -158,6 +159,11 @@ def _run(
                 check_slot_range("steer_", "slots", slots, directions.shape[0])
                 _check_modes(slots, mode)
             return
+    elif backend == "triton":
+        if hidden.dtype != torch.float64:
+            _backend.module("triton").steer_(hidden, directions, slots, mode, params, scale)
+            return
+        _backend.refuse("steer_", "dtype torch.float64")
     reference(hidden, directions, slots, mode, params, scale)
 
 
@@ -178,7 +184,7 @@ _op = register(
     "steer_(Tensor(a!) hidden, Tensor directions, Tensor slots, Tensor modes, Tensor params, Tensor? scale=None) -> ()",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
@@ -210,7 +216,8 @@ def steer_(
     Sums are in fp32 (float64 for float64) and so are the results until each element is rounded once. Squares must not
     leave the range of fp32: |d| and |h| between 1e-18 and 1e19; a shorter d counts as 0.
 
-    Where a block hands on (hidden, residual), the row to steer is their sum.
+    On a GPU it is one launch of a Triton kernel, whatever modes are in use. Where a block hands on (hidden, residual),
+    the row to steer is their sum.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64; rows may be strided. Changed in place.

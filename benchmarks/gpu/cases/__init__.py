@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import inject
+from benchmarks.gpu.cases import add_inject_rms_norm, inject, mask_bits, steer
 
-_MODULES = (inject,)
+_MODULES = (add_inject_rms_norm, inject, mask_bits, steer)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
