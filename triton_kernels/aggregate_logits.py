@@ -162,6 +162,15 @@ def aggregate_logits_join_kernel(
     )
     b_x = b_x - b_top[:, None]
     b_x0 = b_x0 - b_top0
+    # The support, first: the differences themselves are not needed after it.
+    m_masked = ~(b_min_p == 0)
+    m_kept = m_v
+    if m_masked:
+        b_floor = tl.log(b_min_p)
+        m_open = m_used & ((b_weight > 0) | (b_rule != LINEAR))
+        m_kept = tl.max((m_open[:, None] & (b_x >= b_floor)).to(tl.int32), 0) > 0
+        if m_geometric & (b_rest > REFERENCE_SHARE):
+            m_kept = m_kept | (b_x0 >= b_floor)
     b_logp = b_x - b_size[:, None]
     b_logp0 = b_x0 - b_size0
 
@@ -191,15 +200,8 @@ def aggregate_logits_join_kernel(
         b_logs = b_logp + b_shift[:, None] - b_base[None, :]
         b_target = tl.where(m_excluded, -float("inf"), join(b_logs, b_share[:, None], b_rule, b_p) + b_base)
 
-    m_masked = ~(b_min_p == 0)
-    if m_masked:
-        b_floor = tl.log(b_min_p)
-        m_open = m_used & ((b_weight > 0) | (b_rule != LINEAR))
-        m_kept = tl.max((m_open[:, None] & (b_x >= b_floor)).to(tl.int32), 0) > 0
-        if m_geometric & (b_rest > REFERENCE_SHARE):
-            m_kept = m_kept | (b_x0 >= b_floor)
-        # NaN is in no support, and stays, lest the row pass for an empty one.
-        b_target = tl.where(m_kept | (b_target != b_target), b_target, -float("inf"))
+    # NaN is in no support, and stays, lest the row pass for an empty one.
+    b_target = tl.where(m_kept | (b_target != b_target), b_target, -float("inf"))
     b_target = tl.where(m_fault, float("nan"), b_target)
     tl.store(p_out + i_b * V + o_v, b_target, mask=m_v)
 
@@ -249,7 +251,11 @@ def aggregate_logits_configs(N: int, V: int) -> tuple[Config, Config, Config]:
     blocks = triton.next_power_of_2(triton.cdiv(V, block))
     return (
         Config({"MEMBERS": members, "CHUNK": chunk}, num_warps=8, enable_fp_fusion=True),
-        Config({"MEMBERS": members, "CHUNKS": chunks, "BLOCK": block}, num_warps=4, enable_fp_fusion=True),
+        Config(
+            {"MEMBERS": members, "CHUNKS": chunks, "BLOCK": block},
+            num_warps=4 if members <= 8 else 8,
+            enable_fp_fusion=True,
+        ),
         Config({"BLOCKS": blocks, "BLOCK": block}, num_warps=4, enable_fp_fusion=True),
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import inject, token_logprobs
+from benchmarks.gpu.cases import aggregate_logits, inject, token_logprobs
 
-_MODULES = (inject, token_logprobs)
+_MODULES = (aggregate_logits, inject, token_logprobs)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
