@@ -74,7 +74,7 @@ def aggregate_logits_weigh_kernel(
     MEMBERS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Maximum and sum of exponentials of one chunk of one member, the reference last: `p_parts` [B, N + 1, 2, chunks]."""
+    """Maximum and sum of one chunk of one member, the reference last, to `p_parts` [B, N + 1, 2, chunks]."""
     i_c = tl.program_id(0)
     i_n = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
@@ -271,7 +271,8 @@ def aggregate_logits(
 ) -> torch.Tensor:
     """Launch the three kernels; the arguments are those of `personafast.ops.aggregate_logits`, which has checked them.
 
-    Tokens must be adjacent for the wide loads, so other layouts go through a copy; a program holds the logits of all policies.
+    Tokens must be adjacent for the wide loads, so other layouts go through a copy. A program holds the logits of all
+    policies, so they cannot be many.
     """
     B, V = ref.shape
     N = policies.shape[0]

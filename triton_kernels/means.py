@@ -122,6 +122,9 @@ def join(b_logs, b_weight, b_rule, b_p):
 
     The geometric rule is none of them: its weights are not normalised, so it takes `product` itself.
     """
+    # The least and the greatest of values pass over NaN.
+    m_nan = (b_weight != b_weight) | ((b_weight != 0) & (b_logs != b_logs))
+    m_nan = tl.max(m_nan.to(tl.int32), 0) > 0
     if b_rule == LINEAR:
         b_joined = linear(b_logs, b_weight)
     elif b_rule == POWER:
@@ -132,6 +135,4 @@ def join(b_logs, b_weight, b_rule, b_p):
         b_joined = least(b_logs, b_weight)
     else:
         b_joined = greatest(b_logs, b_weight)
-    # The least and the greatest of values pass over NaN.
-    m_nan = (b_weight != b_weight) | ((b_weight != 0) & (b_logs != b_logs))
-    return tl.where(tl.max(m_nan.to(tl.int32), 0) > 0, float("nan"), b_joined)
+    return tl.where(m_nan, float("nan"), b_joined)

@@ -87,6 +87,14 @@ def test_no_policies_and_no_rows():
     )
 
 
+def test_what_a_geometric_blend_leaves_of_the_reference_or_takes_of_it():
+    ref, policies, *_ = mixed(5, 2, 90, torch.float32, 2)
+    weights = torch.tensor([[1.5, 0.7], [0.3, 0.2], [1.0, 0.0], [2.0, -1.0], [0.0, 0.7]])
+    codes = torch.full((5,), GEOMETRIC, dtype=torch.int32)
+    for min_p in (0.0, 0.2):
+        obeys_the_error_rule((ref, policies, weights, None, codes, torch.ones(5), torch.full((5,), min_p)))
+
+
 @pytest.mark.parametrize("weights", [[1.0, -0.5], [2.0, -1.0], [-0.5, -0.5]])
 def test_what_the_linear_rule_takes_away(weights):
     g = torch.Generator().manual_seed(6)
