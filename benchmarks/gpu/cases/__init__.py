@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import add_inject_rms_norm, inject, mask_bits, steer
+from benchmarks.gpu.cases import add_inject_rms_norm, aggregate_logits, inject, mask_bits, steer, token_logprobs
 
-_MODULES = (add_inject_rms_norm, inject, mask_bits, steer)
+_MODULES = (add_inject_rms_norm, aggregate_logits, inject, mask_bits, steer, token_logprobs)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
