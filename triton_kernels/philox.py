@@ -49,7 +49,7 @@ def philox_uniform_config(numbers: int) -> Config:
 
 
 def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 1) -> torch.Tensor:
-    """Launch `philox_uniform_kernel`: what `personafast.ops.philox.uniform` returns, which has checked the arguments."""
+    """Launch `philox_uniform_kernel`; arguments as `personafast.ops.philox.uniform`, which has checked them."""
     B = seeds.shape[0]
     out = torch.empty((B, n), dtype=torch.float64, device=seeds.device)
     config = philox_uniform_config(triton.next_power_of_2(max(1, min(128, B * n))))
