@@ -14,13 +14,11 @@ from personafast._triton.launch import Config, launch
 
 
 @triton.jit
-def accepted_prefix(b_scores, p_bound, p_u, s_bound, s_u, length, o_k, m_k):
-    """The largest count o_k + 1 <= length with u < score - bound, or 0; p_bound and p_u are those of the row.
+def accepted_prefix(b_scores, b_bound, b_u, length, o_k, m_k):
+    """The largest count o_k + 1 <= length with u < score - bound, or 0.
 
     Compared in float64 if one of the three is, else in float32; a comparison with NaN rejects.
     """
-    b_bound = tl.load(p_bound + o_k * s_bound, mask=m_k, other=0.0)
-    b_u = tl.load(p_u + o_k * s_u, mask=m_k, other=0.0)
     if (b_scores.dtype == tl.float64) | (b_bound.dtype == tl.float64) | (b_u.dtype == tl.float64):
         m_stands = b_u.to(tl.float64) < b_scores.to(tl.float64) - b_bound.to(tl.float64)
     else:
@@ -49,10 +47,10 @@ def chunk_accept_kernel(
     o_k = tl.arange(0, K)
     m_k = o_k < k
     b_scores = tl.load(p_scores + i_b * s_scores_b + o_k * s_scores_k, mask=m_k, other=0.0)
+    b_bound = tl.load(p_bound + i_b * s_bound_b + o_k * s_bound_k, mask=m_k, other=0.0)
+    b_u = tl.load(p_u + i_b * s_u_b + o_k * s_u_k, mask=m_k, other=0.0)
     length = tl.load(p_lengths + i_b)
-    p_bound += i_b * s_bound_b
-    p_u += i_b * s_u_b
-    tl.store(p_accepted + i_b, accepted_prefix(b_scores, p_bound, p_u, s_bound_k, s_u_k, length, o_k, m_k))
+    tl.store(p_accepted + i_b, accepted_prefix(b_scores, b_bound, b_u, length, o_k, m_k))
 
 
 @functools.cache

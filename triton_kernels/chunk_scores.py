@@ -65,6 +65,11 @@ def chunk_scores_kernel(
     o_k = tl.arange(0, K)
     m_n = o_n < n_members
     m_k = o_k < k
+    if p_accepted is not None:
+        # Loaded before anything waits for the rest.
+        b_bound = tl.load(p_bound + i_b * s_bound_b + o_k * s_bound_k, mask=m_k, other=0.0)
+        b_u = tl.load(p_u + i_b * s_u_b + o_k * s_u_k, mask=m_k, other=0.0)
+        length = tl.load(p_lengths + i_b)
     rule = tl.load(p_rule + i_b)
     exponent = tl.load(p_exponent + i_b).to(tl.float32)
     b_given = tl.load(p_weights + i_b * s_weights_b + o_n * s_weights_n, mask=m_n, other=0.0)[:, None]
@@ -94,10 +99,7 @@ def chunk_scores_kernel(
         b_scores = tl.full([K], float("nan"), tl.float32)
     tl.store(p_scores + i_b * k + o_k, b_scores, mask=m_k)
     if p_accepted is not None:
-        length = tl.load(p_lengths + i_b)
-        p_bound += i_b * s_bound_b
-        p_u += i_b * s_u_b
-        tl.store(p_accepted + i_b, accepted_prefix(b_scores, p_bound, p_u, s_bound_k, s_u_k, length, o_k, m_k))
+        tl.store(p_accepted + i_b, accepted_prefix(b_scores, b_bound, b_u, length, o_k, m_k))
 
 
 @functools.cache
