@@ -35,10 +35,13 @@ def _greater(a, b):
 
 
 @triton.jit
-def _log_ratios(p_target, p_draft, p_tokens, s_target_t, s_target_v, s_draft_t, s_draft_v, length, V, K: tl.constexpr):
-    """log q(x) - log p(x) of a row's K drafted tokens, float64 and finite: -1e30 for a token that cannot stand."""
+def _log_ratios(p_target, p_draft, p_tokens, s_target_t, s_target_v, s_draft_t, s_draft_v, k, V, K: tl.constexpr):
+    """log q(x) - log p(x) of a row's k drafted tokens, float64 and finite: -1e30 for a token that cannot stand.
+
+    What lies beyond the row's length is loaded too, to be left out later: the loads do not wait for the length.
+    """
     o_k = tl.arange(0, K)
-    m_k = o_k < length
+    m_k = o_k < k
     b_token = tl.load(p_tokens + o_k, mask=m_k, other=0)
     b_token = tl.where(b_token < 0, 0, tl.where(b_token < V, b_token, V - 1))
     o_place = o_k.to(tl.int64)
@@ -105,7 +108,7 @@ def verify_draft_masses_kernel(
     length = tl.where(length < 0, 0, tl.where(length < k, length, k))
 
     o_k = tl.arange(0, K)
-    b_log = _log_ratios(p_target, p_draft, p_tokens, s_target_t, s_target_v, s_draft_t, s_draft_v, length, V, K)
+    b_log = _log_ratios(p_target, p_draft, p_tokens, s_target_t, s_target_v, s_draft_t, s_draft_v, k, V, K)
     b_u = uniform(tl.load(p_seeds + i_b), tl.load(p_positions + i_b), _ACCEPT, o_k)
     if WHOLE:
         # log c_j = S_j - max(0, S_1, ..., S_j) of the sums S of log ratios.
@@ -196,8 +199,9 @@ def verify_draft_draw_kernel(
     m_n = o_n < n_blocks
     if WHOLE:
         p_masses += i_b * (k + 1) * 2 * n_blocks
-        b_scale = tl.load(p_scales + i_b * (k + 1) + o_k, mask=o_k <= length, other=-1.0).to(tl.float64)
-        m_tile = (b_scale >= 0.0)[:, None] & (o_k < length)[:, None] & m_n[None, :]
+        b_scale = tl.load(p_scales + i_b * (k + 1) + o_k, mask=o_k <= k, other=-1.0).to(tl.float64)
+        # Places that cannot be the outcome were not written; they are loaded so that nothing waits for what could.
+        m_tile = (o_k <= k)[:, None] & m_n[None, :]
         b_mass = tl.load(p_masses + o_k[:, None] * 2 * n_blocks + o_n[None, :], mask=m_tile, other=0.0)
         b_mass = tl.sum(b_mass.to(tl.float64), 1)
         # The uniform of place j is that of the token before it.

@@ -56,7 +56,7 @@ def _verify(rows: int, chunk: int, vocabulary: int, block: bool, near: float, ce
         return total
 
     def chain(inputs: Inputs) -> torch.Tensor:
-        return inputs.run(inputs.draft, inputs.tokens, inputs.target)[0]
+        return inputs.run(inputs.draft_p, inputs.ids, inputs.target_p)[0]
 
     kind = ("block" if block else "token") + ("-certain" if certain else "")
     baselines = [Contender("the same in vectorised torch", vectorised, traffic)]
@@ -81,10 +81,11 @@ def _flashinfer(inputs: Inputs) -> Inputs:
     except ImportError as error:
         raise Absent(f"FlashInfer is not installed ({error})") from None
     return SimpleNamespace(
+        **vars(inputs),
         run=chain_speculative_sampling,
-        draft=inputs.draft.exp(),
-        tokens=inputs.tokens.int(),
-        target=inputs.target.exp(),
+        draft_p=inputs.draft.exp(),
+        ids=inputs.tokens.int(),
+        target_p=inputs.target.exp(),
     )
 
 
