@@ -1,11 +1,11 @@
 """verify_draft: how many drafted tokens stand, and the one token after them, drawn exactly from the target.
 
 Two launches. The first cuts the vocabulary: each of its programs decides the row anew from the k gathered log
-probabilities, which is cheaper than to wait for a launch that would, and adds up one block of the residual
-(c q - p)+ and of q. Token by token that is the one place where the draft breaks off. As a block it is every place that
-can still be the outcome: none before a place that stands for certain (c = 1, or the whole draft), and none whose
-uniform is beyond 9/8 c, since h <= c where the target's probabilities sum to 1. The second launch, a program a row,
-adds the blocks up in their order, settles the outcome, and draws by choosing first the block and then the token in it.
+probabilities, which takes less than another launch would, and adds up one block of the residual (c q - p)+ and of q.
+Token by token that is the one place where the draft breaks off. As a block it is every place that can still be the
+outcome: none before a place that stands for certain (c = 1, or the whole draft), and none whose uniform is beyond
+9/8 c, since h <= c where the target's probabilities sum to 1. The second launch, a program a row, adds the blocks up in
+their order, settles the outcome, and draws by choosing first the block and then the token in it.
 
 Traffic: 2 V log probabilities for each place that is looked at, V where the whole draft stands. Sums are float32 within
 a block and float64 across blocks; log c is kept in float64, and uniforms are compared in float64.
@@ -18,7 +18,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, Device, device_of, launch
+from personafast._triton.launch import Config, device_of, launch
 from personafast._triton.philox import uniform
 
 # Streams of `philox`, as `personafast.ops._verify_draft` has them.
@@ -67,6 +67,43 @@ def _weights(p_target, p_draft, token, scale, o_v, m_v, s_target_v, s_draft_v):
     return b_rest, b_q
 
 
+@triton.jit
+def _store_masses(
+    p_sums,
+    p_target,
+    p_draft,
+    p_tokens,
+    s_target_t,
+    s_target_v,
+    s_draft_t,
+    s_draft_v,
+    place,
+    length,
+    scale,
+    i_v,
+    n_blocks,
+    V,
+    BLOCK: tl.constexpr,
+):
+    """The sums of a block at one place of a row: of (scale q - p)+, if a drafted token is there, and of q."""
+    o_v = i_v.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_v = o_v < V
+    # The interpreter counts in Python's numbers.
+    i_place = tl.to_tensor(place).to(tl.int64)
+    p_row = p_target + i_place * s_target_t
+    if place < length:
+        token = tl.load(p_tokens + i_place)
+        token = tl.where(token < 0, 0, tl.where(token < V, token, V - 1))
+        p_beside = None
+        if p_draft is not None:
+            p_beside = p_draft + i_place * s_draft_t
+        b_rest, b_q = _weights(p_row, p_beside, token, scale, o_v, m_v, s_target_v, s_draft_v)
+        tl.store(p_sums + i_v, tl.sum(b_rest, 0))
+    else:
+        b_q = tl.exp(tl.load(p_row + o_v * s_target_v, mask=m_v, other=float("-inf")).to(tl.float32))
+    tl.store(p_sums + n_blocks + i_v, tl.sum(b_q, 0))
+
+
 @triton.jit(do_not_specialize=["k"])
 def verify_draft_masses_kernel(
     p_masses,
@@ -92,14 +129,14 @@ def verify_draft_masses_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums of one block of the vocabulary at one place; masses [B, places, 2, n_blocks], scales [B, k + 1].
+    """Sums of one block of the vocabulary; masses [B, places, 2, n_blocks], scales [B, k + 1].
 
-    The programs of the first block write what they have decided, for the second launch to follow: `accepted` token by
-    token, as a block c of their place, or -1 where it cannot be the outcome.
+    Token by token there is one place; as a block the programs along the second axis take the places in turn. Those of
+    the first block write what they have decided, for the second launch to follow: `accepted` token by token, as a block
+    c of every place, or -1 where it cannot be the outcome.
     """
     i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
     i_v = tl.program_id(0) % n_blocks
-    i_place = tl.program_id(1)
     p_target += i_b * s_target_b
     p_tokens += i_b * s_tokens_b
     if p_draft is not None:
@@ -119,36 +156,53 @@ def verify_draft_masses_kernel(
         m_last = (o_k == length - 1) & (b_u < b_wide)
         certain = tl.max(tl.where((o_k < length) & ((b_scale == 1.0) | m_last), o_k + 1, 0), 0)
         m_open = (o_k + 1 > certain) & (o_k + 1 < length) & (b_u < _SLACK * b_wide)
-        m_here = (o_k + 1 == i_place) & (m_open | (o_k + 1 == certain))
-        scale = tl.max(tl.where(m_here, b_scale, -1.0), 0)
-        scale = tl.where((i_place == 0) & (certain == 0), 1.0, scale)
-        place = i_place
-        if i_v == 0:
-            tl.store(p_scales + i_b * (k + 1) + i_place, scale)
+        b_scale = tl.where(m_open | (o_k + 1 == certain), b_scale, -1.0)
+        for place in range(tl.program_id(1), k + 1, tl.num_programs(1)):
+            scale = tl.max(tl.where(o_k + 1 == place, b_scale, -1.0), 0)
+            scale = tl.where((place == 0) & (certain == 0), 1.0, scale)
+            if i_v == 0:
+                tl.store(p_scales + i_b * (k + 1) + place, scale)
+            if scale >= 0.0:
+                p_sums = p_masses + (i_b * (k + 1) + place) * 2 * n_blocks
+                _store_masses(
+                    p_sums,
+                    p_target,
+                    p_draft,
+                    p_tokens,
+                    s_target_t,
+                    s_target_v,
+                    s_draft_t,
+                    s_draft_v,
+                    place,
+                    length,
+                    scale,
+                    i_v,
+                    n_blocks,
+                    V,
+                    BLOCK,
+                )
     else:
         m_falls = (o_k < length) & (b_u >= tl.exp(b_log.to(tl.float32)).to(tl.float64))
         place = tl.min(tl.where(m_falls, o_k, length), 0)
-        scale = 1.0
         if i_v == 0:
             tl.store(p_accepted + i_b, place)
-
-    if scale >= 0.0:
-        o_v = i_v.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        m_v = o_v < V
-        p_row = p_target + place.to(tl.int64) * s_target_t
-        p_sums = p_masses + ((i_b * tl.num_programs(1) + i_place) * 2) * n_blocks + i_v
-        if place < length:
-            token = tl.load(p_tokens + place)
-            token = tl.where(token < 0, 0, tl.where(token < V, token, V - 1))
-            p_beside = None
-            if p_draft is not None:
-                p_beside = p_draft + place.to(tl.int64) * s_draft_t
-            b_rest, b_q = _weights(p_row, p_beside, token, scale, o_v, m_v, s_target_v, s_draft_v)
-            tl.store(p_sums, tl.sum(b_rest, 0))
-            tl.store(p_sums + n_blocks, tl.sum(b_q, 0))
-        else:
-            b_q = tl.exp(tl.load(p_row + o_v * s_target_v, mask=m_v, other=float("-inf")).to(tl.float32))
-            tl.store(p_sums + n_blocks, tl.sum(b_q, 0))
+        _store_masses(
+            p_masses + i_b * 2 * n_blocks,
+            p_target,
+            p_draft,
+            p_tokens,
+            s_target_t,
+            s_target_v,
+            s_draft_t,
+            s_draft_v,
+            place,
+            length,
+            1.0,
+            i_v,
+            n_blocks,
+            V,
+            BLOCK,
+        )
 
 
 @triton.jit
@@ -252,20 +306,17 @@ def verify_draft_draw_kernel(
 
 
 @functools.cache
-def verify_draft_config(V: int, places: int, rows: int, whole: bool, device: Device) -> tuple[Config, Config]:
-    """How both kernels are compiled; `rows` and `places`, k + 1, are rounded up to powers of two.
+def verify_draft_config(V: int, places: int, whole: bool) -> tuple[Config, Config]:
+    """How both kernels are compiled; `places`, k + 1, is rounded up to a power of two.
 
-    Blocks of 4096 tokens, or smaller ones down to 1024 where they would leave multiprocessors without a program.
+    The blocks depend on the vocabulary alone, so that a row's sums have one order in any batch. They are as large as
+    registers allow: what a program decides before it sums costs about as much as 2048 tokens.
     """
     block = min(4096, max(32, triton.next_power_of_2(V)))
-    while block > 1024 and rows * triton.cdiv(V, block) < 2 * device.multiprocessors:
-        block //= 2
-    K = max(2, places)
-    shared = {"WHOLE": whole, "K": K, "BLOCK": block}
-    warps = max(1, min(4, block // 256))
-    blocks = triton.next_power_of_2(triton.cdiv(V, block))
-    draw = Config({**shared, "BLOCKS": max(2, blocks)}, num_warps=max(1, min(8, block // 256)))
-    return Config(shared, num_warps=warps), draw
+    shared = {"WHOLE": whole, "K": max(2, places), "BLOCK": block}
+    blocks = max(2, triton.next_power_of_2(triton.cdiv(V, block)))
+    draw = Config({**shared, "BLOCKS": blocks}, num_warps=max(1, min(8, block // 256)))
+    return Config(shared, num_warps=max(1, min(4, block // 256))), draw
 
 
 def verify_draft(
@@ -285,24 +336,17 @@ def verify_draft(
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     lengths, seeds, positions = lengths.contiguous(), seeds.contiguous(), positions.contiguous()
-    rows = triton.next_power_of_2(max(1, min(B, 512)))
-    config, draw = verify_draft_config(V, triton.next_power_of_2(k + 1), rows, block, device_of(tokens))
+    config, draw = verify_draft_config(V, triton.next_power_of_2(k + 1), block)
     n_blocks = triton.cdiv(V, config.constants["BLOCK"])
-    places = k + 1 if block else 1
-    masses = torch.empty((B, places, 2, n_blocks), dtype=torch.float32, device=tokens.device)
+    masses = torch.empty((B, k + 1 if block else 1, 2, n_blocks), dtype=torch.float32, device=tokens.device)
     scales = torch.empty((B, k + 1), dtype=torch.float32, device=tokens.device) if block else None
-    of_draft = (0, 0, 0) if draft_logp is None else draft_logp.stride()
+    # Few rows have their places side by side; with many, programs that find nothing to do would cost more.
+    resident = 8 * device_of(tokens).multiprocessors
+    abreast = min(k + 1, max(1, resident // max(1, B * n_blocks))) if block else 1
     inputs = target_logp, draft_logp, tokens, lengths, seeds, positions
+    of_draft = (0, 0, 0) if draft_logp is None else draft_logp.stride()
     sizes = *target_logp.stride(), *of_draft, tokens.stride(0), n_blocks, k, V
-    launch(
-        verify_draft_masses_kernel,
-        (B * n_blocks, places, 1),
-        config,
-        masses,
-        scales,
-        accepted,
-        *inputs,
-        *sizes,
-    )
+    grid = (B * n_blocks, abreast, 1)
+    launch(verify_draft_masses_kernel, grid, config, masses, scales, accepted, *inputs, *sizes)
     launch(verify_draft_draw_kernel, (B, 1, 1), draw, out, accepted, masses, scales, *inputs, *sizes)
     return out, accepted

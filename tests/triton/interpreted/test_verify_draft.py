@@ -5,7 +5,7 @@ import torch
 from helpers.table import p_value
 
 from personafast import _triton, ops
-from personafast._triton.launch import INTERPRETED
+from personafast._triton import launch
 from personafast._triton.verify_draft import verify_draft_config
 from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _verify_draft
@@ -45,8 +45,8 @@ def make(B, k, V, *, near=1.0, holes=False, certain=False, dtypes=(F32, F32), se
         (4, 0, 7, {}),
         (0, 2, 5, {}),
         # More than one block of the vocabulary, with a tail.
-        (3, 2, 2500, {"near": 0.2}),
-        (2, 2, 3000, {"certain": True, "holes": True}),
+        (3, 2, 5500, {"near": 0.2}),
+        (2, 2, 4100, {"certain": True, "holes": True}),
     ],
     ids=str,
 )
@@ -59,21 +59,21 @@ def test_decides_as_the_reference(block, B, k, V, options):
 
 
 def test_draws_from_every_block_of_the_vocabulary():
-    target, draft, tokens, _, seeds, positions = make(12, 1, 5000, seed=3)
+    target, draft, tokens, _, seeds, positions = make(12, 1, 9000, seed=3)
     none = torch.zeros(12, dtype=torch.int32)
     out, _ = ops.verify_draft(target, draft, tokens, none, seeds, positions)
     assert torch.equal(out, _verify_draft.reference(target, draft, tokens, none, seeds, positions, False)[0])
-    assert len(set((out[:, 0] // 1024).tolist())) >= 3
+    assert len(set((out[:, 0] // 4096).tolist())) >= 3
 
 
 def test_a_token_without_weight_is_never_drawn_even_at_the_end_of_a_sum():
     """One token has all the weight, before and behind others that have none."""
-    target = torch.full((6, 1, 1500), -math.inf)
-    for row, token in enumerate((0, 1, 700, 1023, 1024, 1499)):
+    target = torch.full((6, 1, 5000), -math.inf)
+    for row, token in enumerate((0, 1, 700, 4095, 4096, 4999)):
         target[row, 0, token] = 0.0
     rows = torch.arange(6)
     out, _ = ops.verify_draft(target, None, rows[:, None][:, :0], rows.int() * 0, rows, rows)
-    assert out[:, 0].tolist() == [0, 1, 700, 1023, 1024, 1499]
+    assert out[:, 0].tolist() == [0, 1, 700, 4095, 4096, 4999]
 
 
 @BLOCK
@@ -147,14 +147,21 @@ def test_float64_is_refused():
         ops.verify_draft(*args)
 
 
-def test_few_rows_are_cut_into_smaller_blocks():
-    def blocks(V, rows):
-        masses, draw = verify_draft_config(V, 16, rows, False, INTERPRETED)
-        assert draw.constants["BLOCK"] * draw.constants["BLOCKS"] >= V
-        return masses.constants["BLOCK"]
+def test_blocks_depend_on_the_vocabulary_alone():
+    for V, block in ((3, 32), (500, 512), (128256, 4096), (262144, 4096)):
+        masses, draw = verify_draft_config(V, 16, False)
+        assert masses.constants["BLOCK"] == draw.constants["BLOCK"] == block
+        assert block * draw.constants["BLOCKS"] >= V
 
-    assert [blocks(128256, rows) for rows in (1, 8, 16)] == [1024, 2048, 4096]
-    assert [blocks(V, 1) for V in (3, 500, 262144)] == [32, 512, 1024]
+
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+def test_places_side_by_side_and_in_turn_are_the_same(multiprocessors, monkeypatch):
+    """With few rows a program has one place, with many it takes several."""
+    args = make(5, 4, 20, seed=11)
+    expected = _verify_draft.reference(*args, True)
+    monkeypatch.setattr(launch, "INTERPRETED", launch.INTERPRETED._replace(multiprocessors=multiprocessors))
+    out, accepted = ops.verify_draft(*args, True)
+    assert torch.equal(out, expected[0]) and torch.equal(accepted, expected[1])
 
 
 @pytest.mark.slow
