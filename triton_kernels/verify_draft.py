@@ -57,12 +57,15 @@ def _log_ratios(p_target, p_draft, p_tokens, s_target_t, s_target_v, s_draft_t, 
 @triton.jit
 def _weights(p_target, p_draft, token, scale, o_v, m_v, s_target_v, s_draft_v):
     """(scale q - p)+ and q of a block of tokens, float32; what is not a number stays so."""
-    b_q = tl.exp(tl.load(p_target + o_v * s_target_v, mask=m_v, other=float("-inf")).to(tl.float32))
+    b_log_q = tl.load(p_target + o_v * s_target_v, mask=m_v, other=float("-inf"))
     if p_draft is not None:
-        b_p = tl.exp(tl.load(p_draft + o_v * s_draft_v, mask=m_v, other=float("-inf")).to(tl.float32))
-        b_rest = scale * b_q - b_p
+        # All is on its way before the first exponential.
+        b_log_p = tl.load(p_draft + o_v * s_draft_v, mask=m_v, other=float("-inf"))
+        b_q = tl.exp(b_log_q.to(tl.float32))
+        b_rest = scale * b_q - tl.exp(b_log_p.to(tl.float32))
         b_rest = tl.where(b_rest < 0.0, 0.0, b_rest)
     else:
+        b_q = tl.exp(b_log_q.to(tl.float32))
         b_rest = tl.where(o_v == token, 0.0, scale * b_q)
     return b_rest, b_q
 

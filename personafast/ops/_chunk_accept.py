@@ -145,7 +145,8 @@ def chunk_accept(
 
     The largest j <= lengths[b] with log_u[b, j - 1] < scores[b, j - 1] - log_bound[b, j - 1], or 0 if there is none:
     the whole chunk is tried first, then shorter prefixes. Compared in fp32, or in float64 if one of the three is. A
-    comparison with NaN rejects; a bound of -inf accepts any score that is not -inf.
+    comparison with NaN rejects; a bound of -inf accepts any score that is not -inf. On a GPU one launch, or none of its
+    own in `chunk_scores_accept`.
 
     Args:
         scores: floating [B, k] from `chunk_scores`.

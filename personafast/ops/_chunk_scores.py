@@ -244,7 +244,7 @@ def chunk_scores(
     A weight of zero leaves its member out, and without members S = 0, the reference itself. A token that a member
     cannot produce makes that member's L -inf from there on, and S with it under every rule but LINEAR, MAX and POWER
     with p > 0, where it adds nothing; after a token that the reference cannot propose S is -inf. No NaN comes out
-    unless one goes in.
+    unless one goes in. On a GPU one launch, which `chunk_scores_accept` makes of this and `chunk_accept` together.
 
     Args:
         ref_logp: floating [B, k], the reference's log probability of each token.

@@ -378,6 +378,9 @@ def verify_draft(
     positions[b] + accepted[b], as in the sampler `direct`; the draft itself must come from other streams. It is found
     by inverting the distribution function, and a token of probability zero is never drawn.
 
+    On a GPU the Triton kernel takes two launches, and as a block leaves out places that cannot stand where the target's
+    probabilities sum to less than 9/8.
+
     Args:
         target_logp: floating [B, k + 1, V] normalised log probabilities; -inf for a token that cannot be. That they are
             normalised is not checked, and the law of the result is exact for what is given, in the precision given.

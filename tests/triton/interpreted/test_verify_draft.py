@@ -2,11 +2,13 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers.table import p_value
 
 from personafast import _triton, ops
 from personafast._triton import launch
-from personafast._triton.verify_draft import verify_draft_config
+from personafast._triton.verify_draft import _first_above, verify_draft_config
 from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _verify_draft
 
@@ -74,6 +76,30 @@ def test_a_token_without_weight_is_never_drawn_even_at_the_end_of_a_sum():
     rows = torch.arange(6)
     out, _ = ops.verify_draft(target, None, rows[:, None][:, :0], rows.int() * 0, rows, rows)
     assert out[:, 0].tolist() == [0, 1, 700, 4095, 4096, 4999]
+
+
+@triton.jit
+def first_above_kernel(p_out, p_weight, p_goal, SIZE: tl.constexpr):
+    o_v = tl.arange(0, SIZE)
+    tl.store(p_out, _first_above(tl.load(p_weight + o_v), o_v, tl.load(p_goal), SIZE))
+
+
+@pytest.mark.parametrize(
+    ("weights", "goal", "token"),
+    [
+        ([0, 1, 0, 1], 0.0, 1),
+        ([0, 1, 0, 1], 1.0, 3),
+        ([0, 1, 0, 1], 1.5, 3),
+        # Rounding has put the goal on the whole sum.
+        ([1, 1, 0, 0], 2.0, 1),
+        ([0, 0, 0, 0], 0.0, 4),
+    ],
+)
+def test_the_goal_lies_within_the_token(weights, goal, token):
+    out = torch.full((1,), -9, dtype=torch.int32)
+    weight, goal = torch.tensor(weights, dtype=F64), torch.tensor([goal], dtype=F64)
+    launch.launch(first_above_kernel, (1, 1, 1), launch.Config({"SIZE": 4}), out, weight, goal)
+    assert out.tolist() == [token]
 
 
 @BLOCK
