@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import add_inject_rms_norm, aggregate_logits, inject, mask_bits, steer, token_logprobs
+from benchmarks.gpu.cases import (
+    add_inject_rms_norm,
+    aggregate_logits,
+    chunk_scores,
+    inject,
+    mask_bits,
+    steer,
+    token_logprobs,
+    verify_draft,
+)
 
-_MODULES = (add_inject_rms_norm, aggregate_logits, inject, mask_bits, steer, token_logprobs)
+_MODULES = (add_inject_rms_norm, aggregate_logits, chunk_scores, inject, mask_bits, steer, token_logprobs, verify_draft)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
