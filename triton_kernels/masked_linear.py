@@ -3,9 +3,11 @@
 Two ways to cut the work; `masked_linear_way` chooses by the number of rows.
 
 *Few rows* (`masked_linear_few_kernel`): bound by memory, so the weight is read once for up to 8 rows, 2 + P / 8 bytes a
-weight. Nothing may be wasted on the way: at 8 masks the GPU has about 3 instructions a weight and row. A lane keeps 8
-weights of a few outputs in fp32 registers, and the byte of a mask that belongs to them becomes 8 predicates, under each
-of which one multiply-add is done or not. A weight that is masked out is never multiplied, and so may be infinite or NaN.
+weight. Nothing may be wasted on the way: at 8 masks an H200 has 2.7 instructions for each weight and row while memory
+delivers them, and this takes 2.2. A lane keeps 8 weights of each of 8 outputs in fp32 registers, and the byte of a mask
+that belongs to 8 weights becomes 8 predicates, under each of which one multiply-add is done or not. A weight that is
+masked out is never multiplied, and so may be infinite or NaN. Weights, masks and x come through shared memory, several
+tiles ahead. A row is summed in the same order whatever the batch.
 
 *Many rows* (`masked_linear_many_kernel`): the rows are put in order by mask (`group_rows`), and a program multiplies a
 tile of the weight with rows of one mask on tensor cores, out^T = W x^T: the weight is the operand that comes from
@@ -28,13 +30,11 @@ FEW_ROWS = 8
 FEW_COLUMNS = 32 * 8
 
 # A pair of bf16 as two fp32.
-_WIDEN = tl.constexpr(
-    "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }"
-)
+_WIDEN = tl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }")
 
 
-def _fma_under_bits(gate: str) -> tl.constexpr:
-    """PTX: $0 = $1 + the sum of weight $3.. times x $11.. over the bits of $2; where `gate`, times $19.. for the others.
+def _fma_under_bits(gate: bool) -> tl.constexpr:
+    """PTX: $0 = $1 + weights $3.. times x $11.. where $2 has a one; with `gate`, plus weights times $19.. where a zero.
 
     ptxas turns the eight tests into one R2P, which fills the predicate registers, and a test of the last bit.
     """
@@ -47,8 +47,8 @@ def _fma_under_bits(gate: str) -> tl.constexpr:
     return tl.constexpr("{ .reg .pred p; .reg .b32 t; mov.f32 $0, $1; " + " ".join(lines) + " }")
 
 
-_FMA = _fma_under_bits("")
-_FMA_GATED = _fma_under_bits("gated")
+_FMA = _fma_under_bits(gate=False)
+_FMA_GATED = _fma_under_bits(gate=True)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _few_sums(
     b_gammas,
     b_denses,
     p_w,
-    I,
+    features,
     row_bytes,
     SOFT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,7 +133,7 @@ def _few_sums(
     b_sums = ()
     for _ in tl.static_range(ROWS):
         b_sums = b_sums + (tl.zeros([BLOCK_O, 32], tl.float32),)
-    for i_k in tl.range(0, tl.cdiv(I, 256), num_stages=STAGES):
+    for i_k in tl.range(0, tl.cdiv(features, 256), num_stages=STAGES):
         # The weight comes last: the layout of the last load is the one that the compiler keeps for the products.
         b_ms = ()
         b_xs = ()
@@ -143,7 +143,7 @@ def _few_sums(
                 b_xs = b_xs + (tl.load(p_xs[i] + i_k * 256),)
             b_w = tl.load(p_w + i_k * 256)
         else:
-            m_k = (i_k * 256 + o_k < I)[None, :]
+            m_k = (i_k * 256 + o_k < features)[None, :]
             m_c = (i_k * 32 + o_c < row_bytes)[None, :]
             for i in tl.static_range(ROWS):
                 b_ms = b_ms + (tl.load(p_ms[i] + i_k * 32, mask=m_c, other=0),)
@@ -172,8 +172,8 @@ def masked_linear_few_kernel(
     s_weight,
     words,
     T,
-    O,
-    I,
+    outputs,
+    features,
     P,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -185,7 +185,7 @@ def masked_linear_few_kernel(
     i_t = (tl.program_id(0) % tl.cdiv(T, ROWS)) * ROWS
     i_o = tl.program_id(0) // tl.cdiv(T, ROWS)
     o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_in = tl.minimum(o_o, O - 1).to(tl.int64)[:, None]
+    o_in = tl.minimum(o_o, outputs - 1).to(tl.int64)[:, None]
     o_k = tl.arange(0, 256)[None, :]
     row_bytes = words * 4
     o_m = o_in * row_bytes + tl.arange(0, 32)[None, :]
@@ -201,20 +201,20 @@ def masked_linear_few_kernel(
         b_slot = tl.where(m_masked, b_slot, 0)
         b_denses = b_denses + (tl.where(m_masked, 0, 255),)
         p_xs = p_xs + (p_x + i_row * s_x + o_k,)
-        p_ms = p_ms + (p_masks + b_slot * O * row_bytes + o_m,)
+        p_ms = p_ms + (p_masks + b_slot * outputs * row_bytes + o_m,)
         if p_gamma is not None:
             b_gammas = b_gammas + (tl.load(p_gamma + b_slot, mask=m_masked, other=0.0),)
         else:
             b_gammas = b_gammas + (0.0,)
     b_sums = _few_sums(
-        p_xs, p_ms, b_gammas, b_denses, p_w, I, row_bytes, p_gamma is not None, ROWS, BLOCK_O, EVEN, STAGES, ASM
+        p_xs, p_ms, b_gammas, b_denses, p_w, features, row_bytes, p_gamma is not None, ROWS, BLOCK_O, EVEN, STAGES, ASM
     )
     for i in tl.static_range(ROWS):
         b_out = tl.sum(b_sums[i], 1)
         if p_bias is not None:
-            b_out += tl.load(p_bias + o_o, mask=o_o < O, other=0.0).to(tl.float32)
-        p_row = p_out + (i_t + i).to(tl.int64) * O
-        tl.store(p_row + o_o, b_out.to(p_out.dtype.element_ty), mask=o_o < tl.where(i_t + i < T, O, 0))
+            b_out += tl.load(p_bias + o_o, mask=o_o < outputs, other=0.0).to(tl.float32)
+        p_row = p_out + (i_t + i).to(tl.int64) * outputs
+        tl.store(p_row + o_o, b_out.to(p_out.dtype.element_ty), mask=o_o < tl.where(i_t + i < T, outputs, 0))
 
 
 # A pair of 16-bit weights under the signs of two int32: PRMT makes 16 bits each of them.
@@ -248,8 +248,8 @@ def masked_linear_many_kernel(
     s_weight,
     words,
     T,
-    O,
-    I,
+    outputs,
+    features,
     P,
     n_t,
     BLOCK_T: tl.constexpr,
@@ -264,9 +264,9 @@ def masked_linear_many_kernel(
 
     Eight tiles of rows come together, so that programs that run at once read the same weights and the same x.
     """
-    i_first = tl.program_id(0) // (8 * tl.cdiv(O, BLOCK_O)) * 8
+    i_first = tl.program_id(0) // (8 * tl.cdiv(outputs, BLOCK_O)) * 8
     n_together = tl.minimum(n_t - i_first, 8)
-    i_left = tl.program_id(0) % (8 * tl.cdiv(O, BLOCK_O))
+    i_left = tl.program_id(0) % (8 * tl.cdiv(outputs, BLOCK_O))
     i_t = i_first + i_left % n_together
     i_o = i_left // n_together
 
@@ -284,7 +284,7 @@ def masked_linear_many_kernel(
     o_t = i_row + tl.arange(0, BLOCK_T)
     b_row = tl.load(p_order + tl.minimum(o_t, i_end - 1)).to(tl.int64)
     o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_in = tl.minimum(o_o, O - 1).to(tl.int64)[:, None]
+    o_in = tl.minimum(o_o, outputs - 1).to(tl.int64)[:, None]
     o_k = tl.arange(0, BLOCK_K)
     p_w = p_weight + o_in * s_weight + o_k[None, :]
     p_xs = p_x + b_row[None, :] * s_x + o_k[:, None]
@@ -292,19 +292,19 @@ def masked_linear_many_kernel(
     b_gamma = 0.0
     if p_gamma is not None:
         b_gamma = tl.load(p_gamma + i_g, mask=m_masked, other=0.0)
-    p_m = p_masks + (tl.where(m_masked, i_g, 0).to(tl.int64) * O + o_in) * words
+    p_m = p_masks + (tl.where(m_masked, i_g, 0).to(tl.int64) * outputs + o_in) * words
     # A left shift by this has the bit of the weight in the sign.
     b_shift = (31 - o_k % 32)[None, :]
     b_dense = tl.where(m_masked, 0, -1)
     b_sum = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    for i_k in tl.range(0, tl.cdiv(I, BLOCK_K), num_stages=STAGES):
+    for i_k in tl.range(0, tl.cdiv(features, BLOCK_K), num_stages=STAGES):
         i_word = i_k * (BLOCK_K // 32)
         if EVEN:
             b_w = tl.load(p_w + i_k * BLOCK_K)
             b_x = tl.load(p_xs + i_k * BLOCK_K)
         else:
-            b_w = tl.load(p_w + i_k * BLOCK_K, mask=(i_k * BLOCK_K + o_k < I)[None, :], other=0.0)
-            b_x = tl.load(p_xs + i_k * BLOCK_K, mask=(i_k * BLOCK_K + o_k < I)[:, None], other=0.0)
+            b_w = tl.load(p_w + i_k * BLOCK_K, mask=(i_k * BLOCK_K + o_k < features)[None, :], other=0.0)
+            b_x = tl.load(p_xs + i_k * BLOCK_K, mask=(i_k * BLOCK_K + o_k < features)[:, None], other=0.0)
         b_word = tl.load(p_m + i_word) | b_dense
         if BLOCK_K == 64:
             b_high = tl.load(p_m + tl.minimum(i_word + 1, words - 1)) | b_dense
@@ -312,9 +312,10 @@ def masked_linear_many_kernel(
         b_w = _masked(b_w, b_word << b_shift, b_gamma, p_gamma is not None, ASM)
         b_sum = tl.dot(b_w, b_x, b_sum, input_precision="ieee")
     if p_bias is not None:
-        b_sum += tl.load(p_bias + o_o, mask=o_o < O, other=0.0).to(tl.float32)[:, None]
+        b_sum += tl.load(p_bias + o_o, mask=o_o < outputs, other=0.0).to(tl.float32)[:, None]
     b_out = tl.trans(b_sum.to(p_out.dtype.element_ty))
-    tl.store(p_out + b_row[:, None] * O + o_o[None, :], b_out, mask=(o_t < i_end)[:, None] & (o_o < O)[None, :])
+    m_out = (o_t < i_end)[:, None] & (o_o < outputs)[None, :]
+    tl.store(p_out + b_row[:, None] * outputs + o_o[None, :], b_out, mask=m_out)
 
 
 @functools.cache
@@ -323,15 +324,17 @@ def _few(rows: int, block: int, even: bool, stages: int) -> Config:
     return Config(constants, num_warps=2, num_stages=stages)
 
 
-def masked_linear_few_config(T: int, O: int, I: int, dtype: torch.dtype, soft: bool, device: Device) -> Config:
-    """Two warps that keep 8 outputs each, as many as registers allow; fewer where O would not fill the GPU.
+def masked_linear_few_config(
+    T: int, outputs: int, features: int, dtype: torch.dtype, soft: bool, device: Device
+) -> Config:
+    """Two warps that keep 8 outputs each, as many as registers allow; fewer where outputs would not fill the GPU.
 
     Four stages of 16 KB and four programs leave an SM with 150 KB in flight.
     """
     rows = min(FEW_ROWS, triton.next_power_of_2(T))
-    even = I % FEW_COLUMNS == 0
+    even = features % FEW_COLUMNS == 0
     block = 8 if rows == FEW_ROWS and (soft or dtype == torch.float32 or not even) else 16
-    while block > 4 and triton.cdiv(O, block) * triton.cdiv(T, rows) < device.multiprocessors:
+    while block > 4 and triton.cdiv(outputs, block) * triton.cdiv(T, rows) < device.multiprocessors:
         block //= 2
     return _few(rows, block, even, 4 if device.shared_bytes >= 160 << 10 else 3)
 
@@ -350,25 +353,25 @@ def _many(block_t: int, block_o: int, block_k: int, groups: int, even: bool, war
     return Config(constants, num_warps=warps, num_stages=stages)
 
 
-def masked_linear_many_config(T: int, I: int, P: int, dtype: torch.dtype, device: Device) -> Config:
+def masked_linear_many_config(T: int, features: int, P: int, dtype: torch.dtype, device: Device) -> Config:
     """Tiles as tall as a mask has rows on average, since a tile of one mask is padded to BLOCK_T rows."""
     groups = triton.next_power_of_2(P + 1)
     if dtype == torch.float32:
-        return _many(32, 32, 32, groups, I % 32 == 0, 4, 3)
-    if I % 8 != 0:  # no row is aligned, and single elements are loaded
-        return _many(32, 64, 32, groups, I % 32 == 0, 4, 2)
+        return _many(32, 32, 32, groups, features % 32 == 0, 4, 3)
+    if features % 8 != 0:  # no row is aligned, and single elements are loaded
+        return _many(32, 64, 32, groups, features % 32 == 0, 4, 2)
     block_t = min(128, max(32, triton.next_power_of_2(T // (P + 1))))
     stages = 4 if device.shared_bytes >= 160 << 10 else 3
-    return _many(block_t, 128, 64, groups, I % 64 == 0, 8, stages)
+    return _many(block_t, 128, 64, groups, features % 64 == 0, 8, stages)
 
 
 def masked_linear_way(T: int, P: int) -> str:
-    """ "few" or "many": which of the two kernels T rows and P masks go to.
+    """Which of the two kernels T rows and P masks go to, "few" or "many"; by estimate, until a GPU has measured it.
 
-    The first one's time grows with the rows, a pass over the weight for every 8. The second one's grows with the
-    masks in use, of which no more than min(T, P + 1) can be, and it wastes little once a mask has several rows.
+    The first one's time grows by a pass for every 8 rows, bound by instructions. The second one's grows by a pass for
+    every mask in use, of which no more than min(T, P + 1) can be, each two thirds as long: the weight comes from L2.
     """
-    return "few" if T <= 16 or T < 8 * min(T, P + 1) and T <= 128 else "many"
+    return "few" if T <= FEW_ROWS or (T < 6 * min(T, P + 1) and T <= 128) else "many"
 
 
 def masked_linear(
@@ -379,16 +382,17 @@ def masked_linear(
     gamma: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch one of the two ways; shapes and dtypes are those of `personafast.ops.masked_linear`, which has checked them.
+    """Launch one of the two ways; `personafast.ops.masked_linear` has checked shapes and dtypes.
 
-    The rows of x and weight may be strided, their columns not; a weight of other strides is for the caller to refuse.
+    It refuses float64 and a weight whose columns are not adjacent; such an x goes through a copy. Without masks it is
+    the dense layer, for which cuBLAS is there.
     """
-    T, I = x.shape
-    P, O, words = masks.shape
+    T, features = x.shape
+    P, outputs, words = masks.shape
     if P == 0:
         return F.linear(x, weight, bias)
-    out = x.new_empty((T, O))
-    if not (T and O):
+    out = x.new_empty((T, outputs))
+    if not (T and outputs):
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -396,16 +400,16 @@ def masked_linear(
     gamma = None if gamma is None else gamma.contiguous()
     bias = None if bias is None else bias.contiguous()
     if masked_linear_way(T, P) == "few":
-        config = masked_linear_few_config(T, O, I, x.dtype, gamma is not None, device_of(x))
+        config = masked_linear_few_config(T, outputs, features, x.dtype, gamma is not None, device_of(x))
         rows, block = config.constants["ROWS"], config.constants["BLOCK_O"]
-        grid = (triton.cdiv(O, block) * triton.cdiv(T, rows), 1, 1)
-        rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, O, I, P)
+        grid = (triton.cdiv(outputs, block) * triton.cdiv(T, rows), 1, 1)
+        rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, outputs, features, P)
         launch(masked_linear_few_kernel, grid, config, out, x, weight, masks.view(torch.uint8), slots, *rest)
         return out
     order, offsets = group_rows(slots, P)
-    config = masked_linear_many_config(T, I, P, x.dtype, device_of(x))
+    config = masked_linear_many_config(T, features, P, x.dtype, device_of(x))
     n_t = T // config.constants["BLOCK_T"] + min(T, P + 1)
-    grid = (n_t * triton.cdiv(O, config.constants["BLOCK_O"]), 1, 1)
-    rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, O, I, P, n_t)
+    grid = (n_t * triton.cdiv(outputs, config.constants["BLOCK_O"]), 1, 1)
+    rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, outputs, features, P, n_t)
     launch(masked_linear_many_kernel, grid, config, out, x, weight, masks, order, offsets, *rest)
     return out

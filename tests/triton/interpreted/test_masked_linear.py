@@ -126,3 +126,4 @@ def test_configurations():
     assert masked_linear_many_config(2048, 4096, 4, torch.bfloat16, large).constants["BLOCK_T"] == 128
     assert masked_linear_many_config(20, 4096, 4, torch.bfloat16, small).constants["BLOCK_T"] == 32
     assert [masked_linear_way(rows, 64) for rows in (16, 64, 128, 129)] == ["few", "few", "few", "many"]
+    assert [masked_linear_way(rows, 1) for rows in (8, 11, 12)] == ["few", "few", "many"]
