@@ -3,7 +3,7 @@
 Two ways to cut the work; `masked_linear_way` chooses by the number of rows.
 
 *Few rows* (`masked_linear_few_kernel`): bound by memory, so the weight is read once for up to 8 rows, 2 + P / 8 bytes a
-weight. Nothing may be wasted on the way: at 8 masks an H200 has 2.7 instructions for each weight and row while memory
+weight. Nothing may be wasted on the way: at 8 masks an H200 has 2.6 instructions for each weight and row while memory
 delivers them, and this takes 2.2. A lane keeps 8 weights of each of 8 outputs in fp32 registers, and the byte of a mask
 that belongs to 8 weights becomes 8 predicates, under each of which one multiply-add is done or not. A weight that is
 masked out is never multiplied, and so may be infinite or NaN. Weights, masks and x come through shared memory, several
@@ -354,15 +354,20 @@ def _many(block_t: int, block_o: int, block_k: int, groups: int, even: bool, war
 
 
 def masked_linear_many_config(T: int, features: int, P: int, dtype: torch.dtype, device: Device) -> Config:
-    """Tiles as tall as a mask has rows on average, since a tile of one mask is padded to BLOCK_T rows."""
+    """Tiles as tall as a mask has rows on average, since a tile of one mask is padded to BLOCK_T rows.
+
+    256 rows are what tensor cores of Hopper need to be busy as long as shared memory is with the weights, which pass
+    through it twice.
+    """
     groups = triton.next_power_of_2(P + 1)
     if dtype == torch.float32:
         return _many(32, 32, 32, groups, features % 32 == 0, 4, 3)
     if features % 8 != 0:  # no row is aligned, and single elements are loaded
         return _many(32, 64, 32, groups, features % 32 == 0, 4, 2)
-    block_t = min(128, max(32, triton.next_power_of_2(T // (P + 1))))
-    stages = 4 if device.shared_bytes >= 160 << 10 else 3
-    return _many(block_t, 128, 64, groups, features % 64 == 0, 8, stages)
+    roomy = device.shared_bytes >= 160 << 10
+    largest = 256 if roomy and device.capability >= 90 else 128
+    block_t = min(largest, max(32, triton.next_power_of_2(T // (P + 1))))
+    return _many(block_t, 128, 64, groups, features % 64 == 0, 8, 4 if roomy and block_t < 256 else 3)
 
 
 def masked_linear_way(T: int, P: int) -> str:

@@ -123,7 +123,8 @@ def test_configurations():
     assert masked_linear_few_config(3, 9, 8, torch.float32, True, large) is masked_linear_few_config(
         4, 9, 16, torch.float32, False, large
     )
-    assert masked_linear_many_config(2048, 4096, 4, torch.bfloat16, large).constants["BLOCK_T"] == 128
+    assert masked_linear_many_config(2048, 4096, 4, torch.bfloat16, large).constants["BLOCK_T"] == 256
+    assert masked_linear_many_config(2048, 4096, 4, torch.bfloat16, small).constants["BLOCK_T"] == 128
     assert masked_linear_many_config(20, 4096, 4, torch.bfloat16, small).constants["BLOCK_T"] == 32
     assert [masked_linear_way(rows, 64) for rows in (16, 64, 128, 129)] == ["few", "few", "few", "many"]
     assert [masked_linear_way(rows, 1) for rows in (8, 11, 12)] == ["few", "few", "many"]
