@@ -43,8 +43,8 @@ def group_rows_kernel(p_slots, p_order, p_offsets, T, count, BLOCK: tl.constexpr
 
 @functools.cache
 def group_rows_config(block: int) -> Config:
-    """Blocks of 4 or 8 rows a thread."""
-    return Config({"BLOCK": block}, num_warps=4)
+    """Four rows a thread."""
+    return Config({"BLOCK": block}, num_warps=block // 128)
 
 
 def group_rows(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
