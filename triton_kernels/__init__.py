@@ -6,6 +6,7 @@ from personafast._triton.chunk_accept import chunk_accept
 from personafast._triton.chunk_scores import chunk_scores, chunk_scores_accept
 from personafast._triton.inject import inject_
 from personafast._triton.mask_bits import pack_mask, unpack_mask
+from personafast._triton.masked_linear import masked_linear
 from personafast._triton.philox import philox_uniform
 from personafast._triton.steer import steer_
 from personafast._triton.token_logprobs import token_logprobs
@@ -18,6 +19,7 @@ __all__ = [
     "chunk_scores",
     "chunk_scores_accept",
     "inject_",
+    "masked_linear",
     "pack_mask",
     "philox_uniform",
     "steer_",

@@ -9,12 +9,23 @@ from benchmarks.gpu.cases import (
     chunk_scores,
     inject,
     mask_bits,
+    masked_linear,
     steer,
     token_logprobs,
     verify_draft,
 )
 
-_MODULES = (add_inject_rms_norm, aggregate_logits, chunk_scores, inject, mask_bits, steer, token_logprobs, verify_draft)
+_MODULES = (
+    add_inject_rms_norm,
+    aggregate_logits,
+    chunk_scores,
+    inject,
+    mask_bits,
+    masked_linear,
+    steer,
+    token_logprobs,
+    verify_draft,
+)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
