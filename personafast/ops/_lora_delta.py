@@ -281,6 +281,11 @@ def _run(
     if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
+    if backend == "triton":
+        if x.dtype in _KERNEL_DTYPES:
+            _backend.module("triton").lora_delta_(out, x, A, B, slots, scale, ranks)
+            return
+        _backend.refuse("lora_delta_", f"dtype {x.dtype}")
     if backend == "cpu":
         why = _kernel_refuses(out, x, A, B, slots, scale, ranks)
         if why is None:
@@ -313,7 +318,7 @@ _op = register(
     "lora_delta_(Tensor(a!) out, Tensor x, Tensor A, Tensor B, Tensor slots, Tensor scale, Tensor ranks) -> ()",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     limits={"cpu": _backend.Limit(KERNEL_WORK, "rows times rank")},
 )
 
