@@ -87,7 +87,7 @@ def group_place_kernel(
 @functools.cache
 def group_rows_config() -> Config:
     """Blocks of 256 rows, whose order within a group is found by comparing each with each; 32 groups at a time."""
-    return Config({"BLOCK": 256, "GROUPS": 32}, num_warps=4, num_stages=2)
+    return Config({"BLOCK": 256, "GROUPS": 32}, num_warps=8, num_stages=2)
 
 
 def group_rows(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

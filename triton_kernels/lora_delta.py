@@ -128,15 +128,11 @@ def _project(
 
 
 @triton.jit
-def _inner(p_inner, b_rows, m_rows, o_r, m_r, T, SPLITS: tl.constexpr, RANK: tl.constexpr):
-    """A x of a tile of rows [ROWS, BLOCK_R]: the pieces that shrink left, added up in their order."""
-    s_split = T.to(tl.int64) * RANK
-    p_first = p_inner + b_rows[:, None] * RANK + o_r[None, :]
-    m_inner = m_rows[:, None] & m_r[None, :]
-    b_inner = tl.load(p_first, mask=m_inner, other=0.0)
-    for i_split in tl.static_range(1, SPLITS):
-        b_inner += tl.load(p_first + i_split * s_split, mask=m_inner, other=0.0)
-    return b_inner
+def _inner(p_inner, b_rows, m_rows, o_r, T, SPLITS: tl.constexpr, RANK: tl.constexpr):
+    """A x of a tile of rows [ROWS, BLOCK_R]: the pieces that shrink left, added up in an order that is compiled in."""
+    o_split = tl.arange(0, triton.next_power_of_2(SPLITS))
+    p_piece = p_inner + (o_split[:, None, None].to(tl.int64) * T + b_rows[None, :, None]) * RANK + o_r[None, None, :]
+    return tl.sum(tl.load(p_piece, mask=(o_split < SPLITS)[:, None, None] & m_rows[None, :, None], other=0.0), axis=0)
 
 
 @triton.jit
@@ -165,14 +161,6 @@ def _product(b_inner, b_b):
     b_sum = tl.dot(b_low.to(b_b.dtype), b_b)
     b_sum = tl.dot(b_high, b_b, b_sum)
     return b_sum * b_power[:, None]
-
-
-@triton.jit
-def _add(p_out, b_rows, m_rows, o_o, m_o, s_out_t, s_out_o, b_delta):
-    p_row = p_out + b_rows[:, None] * s_out_t + o_o[None, :] * s_out_o
-    m_out = m_rows[:, None] & m_o[None, :]
-    b_out = tl.load(p_row, mask=m_out, other=0.0).to(tl.float32) + b_delta
-    tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=["T", "M"])
@@ -241,7 +229,7 @@ def lora_shrink_kernel(
                 BLOCK_I,
             )
             p_row = p_inner + (i_split * T + b_rows[:, None]) * RANK + o_r[None, :]
-            tl.store(p_row, b_inner, mask=m_rows[:, None] & m_r[None, :])
+            tl.store(p_row, b_inner, mask=m_rows[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "M"])
@@ -282,15 +270,18 @@ def lora_expand_kernel(
     if rank > 0:
         for i_tile in range(tl.cdiv(count, ROWS)):
             b_rows, m_rows = _row_tile(m_match, count, i_tile, WIDTH, ROWS)
+            p_row = p_out + b_rows[:, None] * s_out_t + o_o[None, :] * s_out_o
+            m_out = m_rows[:, None] & m_o[None, :]
+            b_out = tl.load(p_row, mask=m_out, other=0.0)
             if DEPENDENT:
                 tl.extra.cuda.gdc_wait()
-            b_delta = _product(_inner(p_inner, b_rows, m_rows, o_r, o_r < rank, T, SPLITS, RANK), b_b)
+            b_delta = _product(_inner(p_inner, b_rows, m_rows, o_r, T, SPLITS, RANK), b_b)
             if RANK > BLOCK_R:
                 for i_r in range(BLOCK_R, rank, BLOCK_R):
                     b_next = _factors(p_b, i_r + o_r, i_r + o_r < rank, o_o, m_o, s_b_o, s_b_r)
-                    b_inner = _inner(p_inner, b_rows, m_rows, i_r + o_r, i_r + o_r < rank, T, SPLITS, RANK)
+                    b_inner = _inner(p_inner, b_rows, m_rows, i_r + o_r, T, SPLITS, RANK)
                     b_delta += _product(b_inner, b_next)
-            _add(p_out, b_rows, m_rows, o_o, m_o, s_out_t, s_out_o, b_delta * scale)
+            tl.store(p_row, (b_out.to(tl.float32) + b_delta * scale).to(b_out.dtype), mask=m_out)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 
@@ -345,7 +336,7 @@ def lora_shrink_grouped_kernel(
             BLOCK_I,
         )
         p_row = p_inner + (i_split * T + b_rows[:, None]) * RANK + o_r[None, :]
-        tl.store(p_row, b_inner, mask=m_rows[:, None] & m_r[None, :])
+        tl.store(p_row, b_inner, mask=m_rows[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "M"])
@@ -374,19 +365,27 @@ def lora_expand_grouped_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """ROWS rows of one adapter by BLOCK_O outputs."""
-    o_o = tl.program_id(1).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    blocks_o = tl.cdiv(n_out, BLOCK_O)
+    o_o = (tl.program_id(0) % blocks_o).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_o = o_o < n_out
-    i_m, b_rows, m_rows, used = _group_tile(p_order, p_offsets, tl.program_id(0), M, ROWS)
+    o_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    i_m, b_rows, m_rows, used = _group_tile(p_order, p_offsets, tl.program_id(0) // blocks_o, M, ROWS)
     rank = _rank(p_ranks, i_m, used, R)
+    scale = tl.load(p_scale + i_m)
+    p_b += i_m * s_b_m
+    b_b = _factors(p_b, o_r, o_r < rank, o_o, m_o, s_b_o, s_b_r)
+    p_row = p_out + b_rows[:, None] * s_out_t + o_o[None, :] * s_out_o
+    m_out = m_rows[:, None] & m_o[None, :]
+    b_out = tl.load(p_row, mask=m_out, other=0.0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     if rank > 0:
-        b_delta = tl.zeros([ROWS, BLOCK_O], dtype=tl.float32)
-        for i_r in range(0, rank, BLOCK_R):
-            o_r = i_r + tl.arange(0, BLOCK_R).to(tl.int64)
-            b_b = _factors(p_b + i_m * s_b_m, o_r, o_r < rank, o_o, m_o, s_b_o, s_b_r)
-            b_delta += _product(_inner(p_inner, b_rows, m_rows, o_r, o_r < rank, T, SPLITS, RANK), b_b)
-        _add(p_out, b_rows, m_rows, o_o, m_o, s_out_t, s_out_o, b_delta * tl.load(p_scale + i_m))
+        b_delta = _product(_inner(p_inner, b_rows, m_rows, o_r, T, SPLITS, RANK), b_b)
+        if RANK > BLOCK_R:
+            for i_r in range(BLOCK_R, rank, BLOCK_R):
+                b_b = _factors(p_b, i_r + o_r, i_r + o_r < rank, o_o, m_o, s_b_o, s_b_r)
+                b_delta += _product(_inner(p_inner, b_rows, m_rows, i_r + o_r, T, SPLITS, RANK), b_b)
+        tl.store(p_row, (b_out.to(tl.float32) + b_delta * scale).to(b_out.dtype), mask=m_out)
 
 
 class Plan(NamedTuple):
@@ -424,18 +423,18 @@ def lora_delta_config(
     if width:
         block_r = min(rank, 16 if wide else 64)
         block_i = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
-        steps = triton.cdiv(triton.cdiv(features, block_i), 16)
+        steps = triton.cdiv(triton.cdiv(features, block_i), 16 if rank <= 32 else 8)
         groups = width if by_row else adapters
         block_o = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
         while block_o > 64 and groups * triton.cdiv(outputs, block_o) < device.multiprocessors:
             block_o //= 2
         common = {"WIDTH": width, "BY_ROW": by_row, "ROWS": 16}
         eager = {"EAGER": steps == 1 and not by_row and adapters * R * features * itemsize <= EAGER_BYTES}
-        stages = 3
+        stages = 3 if steps > 1 else 1
     else:
         block_r = min(rank, 32 if wide else 128)
         block_i = 32 if wide else 64
-        steps = triton.cdiv(triton.cdiv(features, block_i), 4)
+        steps = triton.cdiv(triton.cdiv(features, block_i), 4 if rank <= 32 else 2)
         block_o = 64 if wide else 128
         common, eager = {"ROWS": 32 if wide else 64}, {}
         stages = 3
@@ -478,15 +477,15 @@ def lora_delta_(
     inner = torch.empty(plan.splits, T, plan.rank, dtype=torch.float32, device=x.device)
     ranks, scale = ranks.contiguous(), scale.contiguous()
     if width:
-        shrink, expand, groups = lora_shrink_kernel, lora_expand_kernel, min(M, T)
+        shrink, expand = lora_shrink_kernel, lora_expand_kernel
         rows: tuple[torch.Tensor, ...] = (slots.contiguous(),)
+        groups = min(M, T)
+        grid = (groups, plan.blocks_o, 1)
     else:
-        shrink, expand, groups = (
-            lora_shrink_grouped_kernel,
-            lora_expand_grouped_kernel,
-            T // plan.shrink.constants["ROWS"] + M,
-        )
+        shrink, expand = lora_shrink_grouped_kernel, lora_expand_grouped_kernel
         rows = group_rows(slots, M)
+        groups = T // plan.shrink.constants["ROWS"] + M
+        grid = (groups * plan.blocks_o, 1, 1)
     launch(
         shrink,
         (groups, plan.splits, plan.blocks_r),
@@ -505,7 +504,7 @@ def lora_delta_(
     )
     launch(
         expand,
-        (groups, plan.blocks_o, 1),
+        grid,
         plan.expand,
         out,
         inner,
