@@ -129,10 +129,17 @@ def _project(
 
 @triton.jit
 def _inner(p_inner, b_rows, m_rows, o_r, T, SPLITS: tl.constexpr, RANK: tl.constexpr):
-    """A x of a tile of rows [ROWS, BLOCK_R]: the pieces that shrink left, added up in an order that is compiled in."""
-    o_split = tl.arange(0, triton.next_power_of_2(SPLITS))
-    p_piece = p_inner + (o_split[:, None, None].to(tl.int64) * T + b_rows[None, :, None]) * RANK + o_r[None, None, :]
-    return tl.sum(tl.load(p_piece, mask=(o_split < SPLITS)[:, None, None] & m_rows[None, :, None], other=0.0), axis=0)
+    """A x of a tile of rows [ROWS, BLOCK_R]: the pieces that shrink left, added up in an order that is compiled in.
+
+    Loaded as a matrix of SPLITS * ROWS rows, so that the pieces of a number are in one thread for the most part.
+    """
+    PIECES: tl.constexpr = triton.next_power_of_2(SPLITS)
+    ROWS: tl.constexpr = b_rows.shape[0]
+    o_split = tl.arange(0, PIECES)[:, None]
+    b_line = tl.reshape(o_split.to(tl.int64) * T + b_rows[None, :], [PIECES * ROWS])
+    m_line = tl.reshape((o_split < SPLITS) & m_rows[None, :], [PIECES * ROWS])
+    b_piece = tl.load(p_inner + b_line[:, None] * RANK + o_r[None, :], mask=m_line[:, None], other=0.0)
+    return tl.sum(tl.reshape(b_piece, [PIECES, ROWS, o_r.shape[0]]), axis=0)
 
 
 @triton.jit
