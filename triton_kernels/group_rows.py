@@ -57,10 +57,12 @@ def group_place_kernel(
     i_block = tl.program_id(0)
     o_row = i_block * BLOCK + tl.arange(0, BLOCK)
     b_group = _groups_of_block(p_slots, o_row, T, count)
-    o_other = tl.arange(0, BLOCK)
-    b_other = _groups_of_block(p_slots, i_block * BLOCK + o_other, T, count)
-    m_before = (b_other[None, :] == b_group[:, None]) & (o_other[None, :] < tl.arange(0, BLOCK)[:, None])
-    b_place = tl.sum(m_before.to(tl.int32), axis=1)
+    b_place = tl.zeros([BLOCK], dtype=tl.int32)
+    for i_other in range(0, BLOCK, GROUPS):
+        o_other = i_block * BLOCK + i_other + tl.arange(0, GROUPS)
+        b_other = _groups_of_block(p_slots, o_other, T, count)
+        m_before = (b_other[None, :] == b_group[:, None]) & (o_other[None, :] < o_row[:, None])
+        b_place += tl.sum(m_before.to(tl.int32), axis=1)
     carried = 0
     for i_g in range(0, count + 1, GROUPS):
         o_g = i_g + tl.arange(0, GROUPS)
@@ -87,7 +89,7 @@ def group_place_kernel(
 @functools.cache
 def group_rows_config() -> Config:
     """Blocks of 256 rows, whose order within a group is found by comparing each with each; 32 groups at a time."""
-    return Config({"BLOCK": 256, "GROUPS": 32}, num_warps=8, num_stages=2)
+    return Config({"BLOCK": 256, "GROUPS": 32}, num_warps=4, num_stages=1)
 
 
 def group_rows(slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

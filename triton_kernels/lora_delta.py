@@ -439,7 +439,7 @@ def lora_delta_config(
         eager = {"EAGER": steps == 1 and not by_row and adapters * R * features * itemsize <= EAGER_BYTES}
         stages = 3 if steps > 1 else 1
     else:
-        block_r = min(rank, 32 if wide else 128)
+        block_r = min(rank, 32 if wide else 64)
         block_i = 32 if wide else 64
         steps = triton.cdiv(triton.cdiv(features, block_i), 4 if rank <= 32 else 2)
         block_o = 64 if wide else 128
@@ -452,7 +452,7 @@ def lora_delta_config(
         num_stages=stages,
     )
     expand = Config(
-        {**common, "BLOCK_R": min(block_r, 64), "BLOCK_O": block_o, "SPLITS": splits, "DEPENDENT": dependent},
+        {**common, "BLOCK_R": block_r if width else min(rank, 32), "BLOCK_O": block_o, "SPLITS": splits, "DEPENDENT": dependent},
         num_stages=1,
         **({"launch_pdl": True} if dependent else {}),
     )
