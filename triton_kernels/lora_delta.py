@@ -428,7 +428,7 @@ def lora_delta_config(
     rank = max(16, triton.next_power_of_2(R))
     wide = itemsize > 2
     if width:
-        block_r = min(rank, 16 if wide else 64)
+        block_r = 16 if wide else rank if rank <= 64 else 32
         block_i = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
         steps = triton.cdiv(triton.cdiv(features, block_i), 16 if rank <= 32 else 8)
         groups = width if by_row else adapters
@@ -437,18 +437,19 @@ def lora_delta_config(
             block_o //= 2
         common = {"WIDTH": width, "BY_ROW": by_row, "ROWS": 16}
         eager = {"EAGER": steps == 1 and not by_row and adapters * R * features * itemsize <= EAGER_BYTES}
-        stages = 3 if steps > 1 else 1
+        warps, stages = 4, 3 if steps > 1 else 1
     else:
         block_r = min(rank, 32 if wide else 64)
         block_i = 32 if wide else 64
         steps = triton.cdiv(triton.cdiv(features, block_i), 4 if rank <= 32 else 2)
-        block_o = 64 if wide else 128
+        block_o = 64 if wide or rank > 32 else 128
         common, eager = {"ROWS": 32 if wide else 64}, {}
-        stages = 3
+        warps, stages = 8 if rank > 32 else 4, 3
     splits = triton.cdiv(features, block_i * steps)
     common["RANK"] = rank
     shrink = Config(
         {**common, "BLOCK_R": block_r, "BLOCK_I": block_i, "STEPS": steps, **eager, "DEPENDENT": dependent},
+        num_warps=warps,
         num_stages=stages,
     )
     expand = Config(
