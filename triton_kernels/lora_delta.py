@@ -3,17 +3,17 @@
 Two launches. Shrink computes A x of every row, in pieces of the features so that few adapters still fill the machine,
 and writes the pieces' sums in fp32, [pieces, T, R]; expand adds the pieces up in their order, multiplies by B and adds
 the result to `out`, rounded once. The factors of the adapters in use are read once, 2 R (I + O) bytes each at 16 bit;
-beside that it is x, and `out` in and out.
+beside that it is x, and `out` in and out. (A bank of few bytes of A is read whole, see EAGER_BYTES.)
 
 Up to MOST_ROWS rows nothing is sorted: a program belongs to an adapter (or, in a bank of more adapters than rows, to
 the first row that has it), reads the slots of all rows, and takes the rows that match, 16 at a time. Beyond, the rows
 are grouped first (`group_rows`), and a program takes up to 64 rows of one group.
 
 Expand is a programmatic dependent launch from compute capability 9.0 on: it starts while shrink still runs, finds its
-rows and fetches B, and then waits. What it reads before it waits was complete before shrink began, because shrink itself
-is an ordinary launch, which waits for all work before it; and shrink writes nothing but the sums. Every program of
-expand waits, also one without rows: so expand never ends before shrink, and what comes after it in the stream finds
-both complete.
+rows, fetches B and `out`, and then waits. What it reads before it waits was complete before shrink began, because
+shrink itself is an ordinary launch, which waits for all work before it; and shrink writes nothing but the sums. Every
+program of expand waits, also one without rows: so expand never ends before shrink, and what comes after it in the
+stream, a next call that gets the same memory for its sums too, finds both complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EAGER_BYTES = 4 << 20
 
 @triton.jit
 def _rows_of_program(p_slots, i_group, T, M, WIDTH: tl.constexpr, BY_ROW: tl.constexpr):
-    """(adapter, whether a row has it, for each of WIDTH rows whether it does).
+    """(adapter, how many of the WIDTH rows have it, for each whether it does).
 
     BY_ROW: the adapter is that of row i_group, and the rows are none if an earlier row has the same.
     """
@@ -84,7 +84,7 @@ def _group_tile(p_order, p_offsets, i_tile, M, ROWS: tl.constexpr):
     o_place = start + (i_tile - start // ROWS - i_m) * ROWS + tl.arange(0, ROWS)
     m_rows = o_place < end
     b_rows = tl.load(p_order + o_place, mask=m_rows, other=0)
-    return i_m.to(tl.int64), b_rows.to(tl.int64), m_rows, tl.max(m_rows.to(tl.int32), axis=0) > 0
+    return tl.cast(i_m, tl.int64), b_rows.to(tl.int64), m_rows, tl.max(m_rows.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _project(
     STEPS: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """A x of a tile of rows [ROWS, BLOCK_R], over STEPS blocks of features; b_kept is A's block, or None to load them."""
+    """A x of a tile of rows [ROWS, BLOCK_R], over STEPS blocks of features; b_kept is A's block, or None."""
     b_inner = tl.zeros([b_rows.shape[0], o_r.shape[0]], dtype=tl.float32)
     for i_step in range(STEPS):
         o_i = i_first + i_step * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
@@ -152,7 +152,7 @@ def _factors(p_b, o_r, m_r, o_o, m_o, s_b_o, s_b_r):
 def _product(b_inner, b_b):
     """b_inner @ b_b of an fp32 b_inner that is not rounded to 16 bit: tensor cores multiply it in two parts.
 
-    For fp16 a row is first brought by a power of two to where neither part overflows, its largest number to some 2 ** 14.
+    For fp16 a power of two first brings the largest number of a row to some 2 ** 14, so that neither part overflows.
     """
     if b_b.dtype == tl.float32:
         return tl.dot(b_inner, b_b, input_precision="ieee")
@@ -400,7 +400,7 @@ class Plan(NamedTuple):
 
     shrink: Config
     expand: Config
-    width: int  # slots that every program looks through; 0 if the rows are grouped first
+    rows: int  # of a tile
     splits: int  # pieces of the features
     rank: int  # R, padded
     blocks_r: int
@@ -435,7 +435,7 @@ def lora_delta_config(
         block_o = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
         while block_o > 64 and groups * triton.cdiv(outputs, block_o) < device.multiprocessors:
             block_o //= 2
-        common = {"WIDTH": width, "BY_ROW": by_row, "ROWS": 16}
+        rows, common = 16, {"WIDTH": width, "BY_ROW": by_row}
         eager = {"EAGER": steps == 1 and not by_row and adapters * R * features * itemsize <= EAGER_BYTES}
         warps, stages = 4, 3 if steps > 1 else 1
     else:
@@ -443,21 +443,28 @@ def lora_delta_config(
         block_i = 32 if wide else 64
         steps = triton.cdiv(triton.cdiv(features, block_i), 4 if rank <= 32 else 2)
         block_o = 64 if wide or rank > 32 else 128
-        common, eager = {"ROWS": 32 if wide else 64}, {}
+        rows, common, eager = 32 if wide else 64, {}, {}
         warps, stages = 8 if rank > 32 else 4, 3
     splits = triton.cdiv(features, block_i * steps)
-    common["RANK"] = rank
+    common.update(ROWS=rows, RANK=rank)
     shrink = Config(
         {**common, "BLOCK_R": block_r, "BLOCK_I": block_i, "STEPS": steps, **eager, "DEPENDENT": dependent},
         num_warps=warps,
         num_stages=stages,
     )
     expand = Config(
-        {**common, "BLOCK_R": block_r if width else min(rank, 32), "BLOCK_O": block_o, "SPLITS": splits, "DEPENDENT": dependent},
+        {
+            **common,
+            "BLOCK_R": block_r if width else min(rank, 32),
+            "BLOCK_O": block_o,
+            "SPLITS": splits,
+            "DEPENDENT": dependent,
+        },
+        num_warps=4 if width else 8,
         num_stages=1,
         **({"launch_pdl": True} if dependent else {}),
     )
-    return Plan(shrink, expand, width, splits, rank, triton.cdiv(R, block_r), triton.cdiv(outputs, block_o))
+    return Plan(shrink, expand, rows, splits, rank, triton.cdiv(R, block_r), triton.cdiv(outputs, block_o))
 
 
 def lora_delta_(
@@ -488,12 +495,12 @@ def lora_delta_(
         shrink, expand = lora_shrink_kernel, lora_expand_kernel
         rows: tuple[torch.Tensor, ...] = (slots.contiguous(),)
         groups = min(M, T)
-        grid = (groups, plan.blocks_o, 1)
+        grid = groups, plan.blocks_o, 1
     else:
         shrink, expand = lora_shrink_grouped_kernel, lora_expand_grouped_kernel
         rows = group_rows(slots, M)
-        groups = T // plan.shrink.constants["ROWS"] + M
-        grid = (groups * plan.blocks_o, 1, 1)
+        groups = T // plan.rows + M
+        grid = groups * plan.blocks_o, 1, 1
     launch(
         shrink,
         (groups, plan.splits, plan.blocks_r),

@@ -338,7 +338,8 @@ def lora_delta_(
     Rows of different adapters may come in any order. On a CPU a C++ kernel takes up to T R = 1024, both sums in fp32
     and one rounding, if B is stored as the transposed view of an [M, R, O] tensor; stored otherwise, up to 256. Beyond,
     up to 32 rows and M R = 256 all adapters are one pair of matrix products; above there is one pair for each adapter
-    in use, without copies where its rows lie side by side.
+    in use, without copies where its rows lie side by side. On a GPU Triton kernels take every size, two launches or,
+    above 256 rows, four; float64 is one pair of matrix products over all adapters.
 
     Args:
         out: [T, O] in the dtype of `x`; rows may be strided. Changed in place.
