@@ -421,8 +421,8 @@ def lora_delta_config(
 ) -> Plan:
     """Blocks for up to `width` rows, or for rows that are grouped first if it is 0.
 
-    Tiles of A and B are 8 to 16 KiB a program at 16 bit. The features are cut into the same pieces whatever the batch,
-    so that a row's result does not depend on it. fp32 is multiplied without tensor cores, from smaller blocks that fit
+    Tiles of A and B are 8 to 16 KiB a program at 16 bit. Up to MOST_ROWS rows the features are cut into the same pieces
+    whatever the batch, so that a row's result does not depend on it. fp32 is multiplied without tensor cores, from smaller blocks that fit
     into the registers.
     """
     rank = max(16, triton.next_power_of_2(R))

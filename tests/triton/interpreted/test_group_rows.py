@@ -4,7 +4,7 @@ import torch
 from personafast._triton.group_rows import group_rows
 
 
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (5, 3), (256, 40), (700, 32), (300, 0)])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (5, 3), (256, 40), (300, 100), (700, 32), (300, 0)])
 def test_rows_by_group_in_their_order(rows, count):
     slots = torch.randint(-2, count + 2, (rows,), dtype=torch.int32)
     groups = torch.where((slots >= 0) & (slots < count), slots, count)

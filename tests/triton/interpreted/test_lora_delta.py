@@ -61,7 +61,7 @@ def run(args, small=1e-6):
         (1, 16, 16, 1, 16),
         (5, 129, 70, 3, 5),  # tails everywhere
         (3, 40, 65, 7, 17),  # more adapters than rows, two blocks of rank in fp32
-        (40, 530, 33, 2, 8),  # more rows of an adapter than a tile has
+        (90, 530, 33, 1, 8),  # more rows of an adapter than a tile has
         (17, 300, 20, 20, 3),  # the same in a bank of more adapters than slots looked through
         (4, 4500, 16, 2, 4),  # more features than there are pieces for
         (2, 70, 130, 2, 70),  # a rank of several blocks
@@ -119,8 +119,10 @@ def test_nothing_to_add(rows):
 
 
 def test_a_rank_beyond_the_factors_is_theirs_and_one_below_none():
-    out, x, A, B, _, scale, _ = make(2, 20, 30, 2, 4, torch.float32)
+    out, x, A, B, _, scale, _ = make(2, 20, 30, 2, 6, torch.float32)
     A, B = A.nan_to_num(1.0), B.nan_to_num(1.0)
+    A[:, 4:], B[:, :, 4:] = float("nan"), float("nan")
+    A, B = A[:, :4], B[:, :, :4]
     slots, ranks = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([4000, -3], dtype=torch.int32)
     run((out, x, A, B, slots, scale, ranks))
 
@@ -134,6 +136,26 @@ def test_fp16_between_the_products_is_as_wide_as_fp32():
     out = ops.lora_delta_(torch.zeros(3, 5, dtype=torch.float16), x, A, B, slots, scale, ranks)
     exact = 64 * 60000 * (2.0**-20 + 2.0**-25)
     assert (out.double() - exact).abs().max() <= 2.0**-11 * exact
+
+
+def test_fp16_is_rounded_once():
+    out, x, A, B, _, scale, ranks = make(20, 64, 40, 1, 1, torch.float16)
+    args = (torch.zeros_like(out), x, A, B, torch.zeros(20, dtype=torch.int32), scale, ranks)
+    exact = by_hand(*args)
+    assert ((ops.lora_delta_(*args).double() - exact).abs() <= 1.01 * 2.0**-11 * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("adapters", [2, 40])
+def test_slots_of_no_adapter(adapters):
+    out, x, A, B, _, scale, ranks = make(6, 20, 30, adapters, 4, torch.float32)
+    # What lies about the bank would be seen.
+    A, B = (torch.ones(adapters + 2, *tensor.shape[1:])[1:-1].copy_(tensor.nan_to_num(1.0)) for tensor in (A, B))
+    scale, ranks = (
+        torch.cat([scale, scale, scale])[adapters:-adapters],
+        torch.cat([ranks + 4, ranks + 4, ranks + 4])[adapters:-adapters],
+    )
+    slots = torch.tensor([-1, adapters, 1, -7, -1, adapters], dtype=torch.int32)
+    run((out, x, A, B, slots, scale, ranks))
 
 
 def test_float64_is_refused_by_name():
