@@ -422,8 +422,8 @@ def lora_delta_config(
     """Blocks for up to `width` rows, or for rows that are grouped first if it is 0.
 
     Tiles of A and B are 8 to 16 KiB a program at 16 bit. Up to MOST_ROWS rows the features are cut into the same pieces
-    whatever the batch, so that a row's result does not depend on it. fp32 is multiplied without tensor cores, from smaller blocks that fit
-    into the registers.
+    whatever the batch, so that a row's result does not depend on it. fp32 is multiplied without tensor cores, from
+    smaller blocks that fit into the registers.
     """
     rank = max(16, triton.next_power_of_2(R))
     wide = itemsize > 2
@@ -455,7 +455,7 @@ def lora_delta_config(
     expand = Config(
         {
             **common,
-            "BLOCK_R": block_r if width else min(rank, 32),
+            "BLOCK_R": block_r if width else min(rank, 32 if rank <= 64 else 16),
             "BLOCK_O": block_o,
             "SPLITS": splits,
             "DEPENDENT": dependent,
