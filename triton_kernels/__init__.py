@@ -5,6 +5,7 @@ from personafast._triton.aggregate_logits import aggregate_logits
 from personafast._triton.chunk_accept import chunk_accept
 from personafast._triton.chunk_scores import chunk_scores, chunk_scores_accept
 from personafast._triton.inject import inject_
+from personafast._triton.lora_delta import lora_delta_
 from personafast._triton.mask_bits import pack_mask, unpack_mask
 from personafast._triton.masked_linear import masked_linear
 from personafast._triton.philox import philox_uniform
@@ -19,6 +20,7 @@ __all__ = [
     "chunk_scores",
     "chunk_scores_accept",
     "inject_",
+    "lora_delta_",
     "masked_linear",
     "pack_mask",
     "philox_uniform",
