@@ -244,6 +244,11 @@ def _run(
         if why is None:
             return _cpp(x, values, bitmap, row_offsets, bias)
         _backend.refuse("sparse_linear", why)
+    elif backend == "triton":
+        if values.dtype in _KERNEL_DTYPES:
+            _check_offsets(row_offsets, values.numel())
+            return _backend.module("triton").sparse_linear(x, values, bitmap, row_offsets, bias)
+        _backend.refuse("sparse_linear", f"dtype {values.dtype}")
     _check_offsets(row_offsets, values.numel())
     return F.linear(x, _dense(values, bitmap, row_offsets, x.shape[1], x.dtype), bias)
 
@@ -266,7 +271,7 @@ _sparse = register(
     "sparse_linear(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias=None) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
