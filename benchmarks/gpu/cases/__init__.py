@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import inject
+from benchmarks.gpu.cases import inject, sparse_linear
 
-_MODULES = (inject,)
+_MODULES = (inject, sparse_linear)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 
