@@ -31,7 +31,7 @@ import triton.language as tl
 from personafast._triton.launch import Config, Device, device_of, interpreting, launch
 
 # Features that a warp takes at a time, and the least number of values for which its start can be moved inwards.
-TILE = 256
+TILE = tl.constexpr(256)
 
 # Rows of x up to which the weight is decoded in registers, 16 rows at a time; above, it is put together in memory. An
 # estimate by bytes and instructions, until a GPU run has measured it.
@@ -309,10 +309,10 @@ def sparse_expand_kernel(
 def sparse_linear_config(T: int, O: int, I: int, device: Device) -> Config:
     """Four outputs a program, at most 8 rows of x; one warp where that gives every multiprocessor 16, else up to 8."""
     warps = 1
-    while warps < 8 and triton.cdiv(O, 4) * warps < 16 * device.multiprocessors and warps * TILE < I:
+    while warps < 8 and triton.cdiv(O, 4) * warps < 16 * device.multiprocessors and warps * TILE.value < I:
         warps *= 2
     rows = min(8, triton.next_power_of_2(max(T, 1)))
-    even = I % (TILE * warps) == 0
+    even = I % (TILE.value * warps) == 0
     return Config({"PAIRS": 2, "ROWS": rows, "WARPS": warps, "EVEN": even}, num_warps=warps)
 
 
@@ -333,7 +333,7 @@ def _fits(x: torch.Tensor, values: torch.Tensor) -> bool:
         and x.dtype != torch.float32
         and x.shape[1] % 8 == 0
         and (x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0)
-        and values.numel() >= TILE
+        and values.numel() >= TILE.value
         # The upper half of the address is the same for all values.
         and address >> 32 == (address + 2 * values.numel()) >> 32
     )

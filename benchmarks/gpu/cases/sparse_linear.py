@@ -15,17 +15,11 @@ from personafast import ops
 def _case(outputs: int, features: int, rows: int, density: float = 0.5, goal: float | None = None) -> GpuCase:
     def make(draw: GpuDraw) -> Inputs:
         kept = draw.uniform(outputs, features) < density
-        return SimpleNamespace(
-            x=draw.normal(rows, features),
-            weight=draw.normal(outputs, features, scale=features**-0.5) * kept,
-            kept=kept,
-        )
-
-    def compress(inputs: Inputs) -> Inputs:
+        weight = draw.normal(outputs, features, scale=features**-0.5) * kept
         # As the library does once for a layer, and not what is timed here.
         with ops.use_backend("reference"):
-            packed = ops.compress(inputs.weight, ops.pack_mask(inputs.kept))
-        return SimpleNamespace(x=inputs.x, packed=packed)
+            packed = ops.compress(weight, ops.pack_mask(kept))
+        return SimpleNamespace(x=draw.normal(rows, features), weight=weight, packed=packed)
 
     def linear(inputs: Inputs) -> torch.Tensor:
         return F.linear(inputs.x, inputs.weight)
@@ -41,8 +35,7 @@ def _case(outputs: int, features: int, rows: int, density: float = 0.5, goal: fl
             "ours",
             lambda inputs: ops.sparse_linear(inputs.x, *inputs.packed),
             lambda inputs: nbytes(inputs.x, *inputs.packed) + inputs.x.element_size() * rows * outputs,
-            compress,
-            lambda inputs: nbytes(*inputs.packed),
+            resident=lambda inputs: nbytes(*inputs.packed),
         ),
         baselines=(
             Contender(
@@ -93,14 +86,12 @@ def _specimen(
     # Above 48 rows: the dense weight is written and read besides.
     traffic = count * dtype.itemsize + 4 * outputs * words + rows * (outputs + features) * dtype.itemsize
     traffic += 4 * count * dtype.itemsize if rows > 48 else 0
-    on_cores = dtype != torch.float32 and features % 8 == 0 and rows <= 48
     return Specimen(
         "sparse_linear",
         name,
         call,
         1,
         traffic,
-        tensor_cores=("sparse_linear_kernel",) if on_cores else (),
         listed=dtype == torch.bfloat16 and features % 8 == 0,
     )
 
