@@ -45,7 +45,7 @@ _SPREAD = "\n".join(
         "mov.b32 low, $4;",
         *(
             f".reg .b32 h{bit}; and.b32 t, $6, {1 << bit}; setp.ne.u32 p, t, 0; mov.b64 a, {{low, $5}};\n"
-            f"mov.b32 h{bit}, 0; @p ld.global.nc.u16 h{bit}, [a]; @p add.u32 low, low, 2;"
+            f"mov.b32 h{bit}, 0; @p ld.global.nc.L2::256B.u16 h{bit}, [a]; @p add.u32 low, low, 2;"
             for bit in range(8)
         ),
         *(f"mad.lo.u32 ${pair}, h{2 * pair + 1}, 65536, h{2 * pair};" for pair in range(4)),
@@ -96,8 +96,8 @@ def sparse_linear_kernel(
     p_bias,
     n_values,
     T,
-    O,
-    I,
+    outputs,
+    features,
     s_x,
     s_bitmap,
     PAIRS: tl.constexpr,
@@ -113,9 +113,9 @@ def sparse_linear_kernel(
     o_w = tl.arange(0, WARPS)
     o_l = tl.arange(0, 32)
     # An output beyond the last one is that one again.
-    o_row = tl.minimum(o_r, O - 1)
+    o_row = tl.minimum(o_r, outputs - 1)
     p_bytes = p_bitmap.to(tl.pointer_type(tl.uint8), bitcast=True) + o_row.to(tl.int64)[:, None, None] * s_bitmap
-    n_bytes = I // 8
+    n_bytes = features // 8
     n_part = tl.cdiv(n_bytes, 32 * WARPS) * 32
     o_part = o_w * n_part
 
@@ -144,16 +144,19 @@ def sparse_linear_kernel(
     b_c1 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
     b_c2 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
     b_c3 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
+    o_byte = o_part[:, None] + o_l[None, :]
+    b_next = tl.load(p_bytes + o_byte[None], mask=(o_byte < n_bytes)[None], other=0).to(tl.int32)
     for i in range(0, n_part, 32):
+        b_bits = b_next
+        # The next bits on their way before these are looked at: their values wait for them.
         o_byte = (o_part + i)[:, None] + o_l[None, :]
         o_x = o_byte[:, :, None] * 4 + tl.arange(0, 4)
         if EVEN:
-            b_bits = tl.load(p_bytes + o_byte[None]).to(tl.int32)
+            b_next = tl.load(p_bytes + tl.minimum(o_byte + 32, n_bytes - 1)[None]).to(tl.int32)
             b_x = tl.load(p_x_rows + o_x[None])
         else:
-            m_byte = o_byte < n_bytes
-            b_bits = tl.load(p_bytes + o_byte[None], mask=m_byte[None], other=0).to(tl.int32)
-            b_x = tl.load(p_x_rows + o_x[None], mask=m_byte[None, :, :, None], other=0)
+            b_next = tl.load(p_bytes + (o_byte + 32)[None], mask=(o_byte + 32 < n_bytes)[None], other=0).to(tl.int32)
+            b_x = tl.load(p_x_rows + o_x[None], mask=(o_byte < n_bytes)[None, :, :, None], other=0)
         b_count = _popcount(b_bits)
         b_packed = tl.sum(b_count.reshape(OUTPUTS // 4, 4, WARPS, 32) << b_shift, 1)
         b_before = (((tl.cumsum(b_packed, 2) - b_packed)[:, None] >> b_shift) & 255).reshape(OUTPUTS, WARPS, 32)
@@ -184,7 +187,9 @@ def sparse_linear_kernel(
         )
 
     # Lane 4 g + q has columns 2 q and 2 q + 1 of the rows g (c0, c1) and g + 8 (c2, c3).
-    b_lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid; // $1", "=r,r", [o_l], dtype=tl.int32, is_pure=True, pack=1)
+    b_lane = tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid; // $1", "=r,r", [o_l], dtype=tl.int32, is_pure=True, pack=1
+    )
     b_column = (b_lane // 4 - b_lane % 4 * 2)[None, None, None, :]
     b_even = tl.where(b_column == 0, b_c0, 0.0) + tl.where(b_column == 1, b_c1, 0.0)
     b_odd = tl.where(b_column == 0, b_c2, 0.0) + tl.where(b_column == 1, b_c3, 0.0)
@@ -192,8 +197,8 @@ def sparse_linear_kernel(
     b_sums = b_sums.permute(0, 2, 1).reshape(OUTPUTS, ROWS)
     if p_bias is not None:
         b_sums += tl.load(p_bias + o_row).to(tl.float32)[:, None]
-    p_sums = p_out + o_t.to(tl.int64)[None, :] * O + o_r[:, None]
-    tl.store(p_sums, b_sums.to(DTYPE), mask=(o_r < O)[:, None] & (o_t < T)[None, :])
+    p_sums = p_out + o_t.to(tl.int64)[None, :] * outputs + o_r[:, None]
+    tl.store(p_sums, b_sums.to(DTYPE), mask=(o_r < outputs)[:, None] & (o_t < T)[None, :])
 
 
 @triton.jit
@@ -226,8 +231,8 @@ def sparse_linear_any_kernel(
     p_bias,
     n_values,
     T,
-    O,
-    I,
+    outputs,
+    features,
     s_x,
     s_x_column,
     s_bitmap,
@@ -238,30 +243,32 @@ def sparse_linear_any_kernel(
     DTYPE: tl.constexpr = p_values.dtype.element_ty
     o_r = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     o_t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < O
+    m_r = o_r < outputs
     m_t = (o_t < T)[:, None]
     p_bytes = p_bitmap.to(tl.pointer_type(tl.uint8), bitcast=True)
-    p_bytes += tl.minimum(o_r, O - 1).to(tl.int64)[:, None] * s_bitmap
+    p_bytes += tl.minimum(o_r, outputs - 1).to(tl.int64)[:, None] * s_bitmap
     b_first = tl.load(p_offsets + o_r, mask=m_r, other=0)
     b_first = tl.minimum(tl.maximum(b_first, 0), n_values)[:, None]
     b_left = tl.minimum(n_values - b_first, 0x7FFFFFFF).to(tl.int32)
     b_base = tl.zeros([OUTPUTS], tl.int32)
     p_x_rows = p_x + o_t.to(tl.int64)[:, None] * s_x
     b_sums = tl.zeros([OUTPUTS, ROWS, 32], tl.float32)
-    n_bytes = tl.cdiv(I, 8)
+    n_bytes = tl.cdiv(features, 8)
     for i in range(0, n_bytes, 32):
         o_byte, b_bits, b_place, b_base = _walk(p_bytes, b_base, i, n_bytes)
         for bit in tl.static_range(8):
             b_w, b_place = _spread(p_values, b_first, b_left, b_bits, b_place, bit)
             o_i = o_byte * 8 + bit
-            b_x = tl.load(p_x_rows + o_i.to(tl.int64)[None, :] * s_x_column, mask=m_t & (o_i < I)[None, :], other=0.0)
+            b_x = tl.load(
+                p_x_rows + o_i.to(tl.int64)[None, :] * s_x_column, mask=m_t & (o_i < features)[None, :], other=0.0
+            )
             # A bit beyond I would meet a zero of x, and infinity times zero is not zero.
-            b_w = tl.where((o_i < I)[None, :], b_w.to(tl.float32), 0.0)
+            b_w = tl.where((o_i < features)[None, :], b_w.to(tl.float32), 0.0)
             b_sums += b_w[:, None, :] * b_x.to(tl.float32)[None, :, :]
     b_out = tl.sum(b_sums, 2)
     if p_bias is not None:
         b_out += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[:, None]
-    p_y = p_out + o_t.to(tl.int64)[None, :] * O + o_r[:, None]
+    p_y = p_out + o_t.to(tl.int64)[None, :] * outputs + o_r[:, None]
     tl.store(p_y, b_out.to(DTYPE), mask=m_r[:, None] & (o_t < T)[None, :])
 
 
@@ -272,22 +279,22 @@ def sparse_expand_kernel(
     p_bitmap,
     p_offsets,
     n_values,
-    O,
-    I,
+    outputs,
+    features,
     s_bitmap,
     OUTPUTS: tl.constexpr,
 ):
     """OUTPUTS rows of the dense weight; a warp a program."""
     o_r = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m_r = o_r < O
+    m_r = o_r < outputs
     p_bytes = p_bitmap.to(tl.pointer_type(tl.uint8), bitcast=True)
-    p_bytes += tl.minimum(o_r, O - 1).to(tl.int64)[:, None] * s_bitmap
+    p_bytes += tl.minimum(o_r, outputs - 1).to(tl.int64)[:, None] * s_bitmap
     b_first = tl.load(p_offsets + o_r, mask=m_r, other=0)
     b_first = tl.minimum(tl.maximum(b_first, 0), n_values)[:, None]
     b_left = tl.minimum(n_values - b_first, 0x7FFFFFFF).to(tl.int32)
     b_base = tl.zeros([OUTPUTS], tl.int32)
-    p_rows = p_weight + o_r.to(tl.int64)[:, None] * I
-    n_bytes = tl.cdiv(I, 8)
+    p_rows = p_weight + o_r.to(tl.int64)[:, None] * features
+    n_bytes = tl.cdiv(features, 8)
     for i in range(0, n_bytes, 32):
         o_byte, b_bits, b_place, b_base = _walk(p_bytes, b_base, i, n_bytes)
         b_w0, b_place = _spread(p_values, b_first, b_left, b_bits, b_place, 0)
@@ -302,17 +309,17 @@ def sparse_expand_kernel(
         b_odd = tl.join(tl.join(b_w1, b_w5), tl.join(b_w3, b_w7))
         b_w = tl.join(b_even, b_odd).reshape(OUTPUTS, TILE)
         o_i = i * 8 + tl.arange(0, TILE)
-        tl.store(p_rows + o_i[None, :], b_w, mask=m_r[:, None] & (o_i < I)[None, :])
+        tl.store(p_rows + o_i[None, :], b_w, mask=m_r[:, None] & (o_i < features)[None, :])
 
 
 @functools.cache
-def sparse_linear_config(T: int, O: int, I: int, device: Device) -> Config:
+def sparse_linear_config(T: int, outputs: int, features: int, device: Device) -> Config:
     """Four outputs a program, at most 8 rows of x; one warp where that gives every multiprocessor 16, else up to 8."""
     warps = 1
-    while warps < 8 and triton.cdiv(O, 4) * warps < 16 * device.multiprocessors and warps * TILE.value < I:
+    while warps < 8 and triton.cdiv(outputs, 4) * warps < 16 * device.multiprocessors and warps * TILE.value < features:
         warps *= 2
     rows = min(8, triton.next_power_of_2(max(T, 1)))
-    even = I % (TILE.value * warps) == 0
+    even = features % (TILE.value * warps) == 0
     return Config({"PAIRS": 2, "ROWS": rows, "WARPS": warps, "EVEN": even}, num_warps=warps)
 
 
@@ -350,39 +357,51 @@ def sparse_linear(
 
     Compressed weights that are not contiguous go through a copy.
     """
-    T, I = x.shape
-    O = bitmap.shape[0]
+    T, features = x.shape
+    outputs = bitmap.shape[0]
     values, bitmap, row_offsets = values.contiguous(), bitmap.contiguous(), row_offsets.contiguous()
     if T > EXPANDED_ABOVE:
-        return F.linear(x, _expanded(values, bitmap, row_offsets, I), bias)
-    out = x.new_empty((T, O))
+        return F.linear(x, _expanded(values, bitmap, row_offsets, features), bias)
+    out = x.new_empty((T, outputs))
     compressed = (values, bitmap, row_offsets, None if bias is None else bias.contiguous(), values.numel())
     if _fits(x, values):
-        config = sparse_linear_config(T, O, I, device_of(x))
-        grid = (triton.cdiv(O, 4), triton.cdiv(T, config.constants["ROWS"]), 1)
-        launch(sparse_linear_kernel, grid, config, out, x, *compressed, T, O, I, x.stride(0), 4 * bitmap.shape[1])
+        config = sparse_linear_config(T, outputs, features, device_of(x))
+        grid = (triton.cdiv(outputs, 4), triton.cdiv(T, config.constants["ROWS"]), 1)
+        launch(
+            sparse_linear_kernel,
+            grid,
+            config,
+            out,
+            x,
+            *compressed,
+            T,
+            outputs,
+            features,
+            x.stride(0),
+            4 * bitmap.shape[1],
+        )
     else:
         config = sparse_linear_any_config(T)
-        grid = (triton.cdiv(O, config.constants["OUTPUTS"]), triton.cdiv(T, config.constants["ROWS"]), 1)
+        grid = (triton.cdiv(outputs, config.constants["OUTPUTS"]), triton.cdiv(T, config.constants["ROWS"]), 1)
         strides = (x.stride(0), x.stride(1), 4 * bitmap.shape[1])
-        launch(sparse_linear_any_kernel, grid, config, out, x, *compressed, T, O, I, *strides)
+        launch(sparse_linear_any_kernel, grid, config, out, x, *compressed, T, outputs, features, *strides)
     return out
 
 
 def _expanded(values: torch.Tensor, bitmap: torch.Tensor, row_offsets: torch.Tensor, features: int) -> torch.Tensor:
     """The dense weight [O, I]."""
-    O = bitmap.shape[0]
-    weight = values.new_empty((O, features))
+    outputs = bitmap.shape[0]
+    weight = values.new_empty((outputs, features))
     launch(
         sparse_expand_kernel,
-        (triton.cdiv(O, _EXPAND.constants["OUTPUTS"]), 1, 1),
+        (triton.cdiv(outputs, _EXPAND.constants["OUTPUTS"]), 1, 1),
         _EXPAND,
         weight,
         values,
         bitmap,
         row_offsets,
         values.numel(),
-        O,
+        outputs,
         features,
         4 * bitmap.shape[1],
     )

@@ -268,7 +268,10 @@ def _fake(
 
 
 _compress = register(
-    "compress(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor)", _run_compress, _fake_compress, kernels=("cpu", "triton")
+    "compress(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor)",
+    _run_compress,
+    _fake_compress,
+    kernels=("cpu", "triton"),
 )
 _sparse = register(
     "sparse_linear(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias=None) -> Tensor",
@@ -307,8 +310,9 @@ def sparse_linear(
     """A linear layer that reads only the weights of one persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * mask) x[t] + bias with (values, bitmap, row_offsets) = compress(weight, mask). Sums are in fp32 and
-    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time. On a GPU a Triton kernel reads the
-    same for 8 rows at a time; above 48 rows the dense weight is put together in memory for the call.
+    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time. On a GPU a
+    Triton kernel reads the same for 8 rows at a time; above 48 rows the dense weight is put together in memory for the
+    call.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

@@ -49,7 +49,7 @@ def _run(text, registers):
     for line in filter(None, map(str.strip, text.split(";"))):
         if line.startswith(".reg"):
             continue
-        guard, name, operands = re.fullmatch(r"(?:@(\w+) )?([\w.]+) (.*)", line).groups()
+        guard, name, operands = re.fullmatch(r"(?:@(\w+) )?([\w.:]+) (.*)", line).groups()
         names = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", operands)
         _execute(name, names, registers, None if guard is None else registers[guard])
 
@@ -80,7 +80,7 @@ def _execute(name, names, registers, guard):
         result = read(sources[0]) + read(sources[1])
     elif name == "mad.lo.u32":
         result = read(sources[0]) * read(sources[1]) + read(sources[2])
-    elif name == "ld.global.nc.u16":
+    elif name == "ld.global.nc.L2::256B.u16":
         address = read(sources[0][1:-1], np.uint64)
         active = np.ones(shape, bool) if guard is None else guard
         result = memory.load(address, active, np.zeros(shape, np.uint16), np.dtype(np.uint16)).astype(np.uint32)
@@ -93,8 +93,9 @@ def _execute(name, names, registers, guard):
 
 
 def _multiply(bfloat, names, registers, read):
-    d, a, b, c = ([read(n, t) for n in re.findall(r"[^\s,{}]+", group)] if group else None
-                  for group, t in zip(["", *names[1:]], [None, np.uint32, np.uint32, np.float32], strict=True))  # fmt: skip
+    first, second, added = (re.findall(r"[^\s,{}]+", group) for group in names[1:])
+    a, b = [read(name) for name in first], [read(name) for name in second]
+    c = [read(name, np.float32) for name in added]
     shape = a[0].shape
 
     def halves(words):
@@ -108,7 +109,9 @@ def _multiply(bfloat, names, registers, read):
         """[..., 8 groups, 8 columns]: lane 4 g + q has columns 2 q and 2 q + 1 of row g."""
         return halves(words).reshape(*shape[:-1], 8, 8)
 
-    rows = np.concatenate([np.concatenate([place(a[0]), place(a[2])], -1), np.concatenate([place(a[1]), place(a[3])], -1)], -2)
+    upper = np.concatenate([place(a[0]), place(a[2])], -1)
+    lower = np.concatenate([place(a[1]), place(a[3])], -1)
+    rows = np.concatenate([upper, lower], -2)  # [..., m, k]
     columns = np.concatenate([place(b[0]), place(b[1])], -1)  # [..., n, k]
     product = rows @ np.swapaxes(columns, -1, -2)  # [..., 16, 8]
     split = product.reshape(*shape[:-1], 2, 8, 4, 2)

@@ -3,11 +3,11 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.inline_ptx import understood
 
 from personafast import ops
 from personafast.errors import BackendError
 from personafast.ops import _sparse_linear
-from helpers.inline_ptx import understood
 
 kernels = importlib.import_module("personafast._triton.sparse_linear")
 
@@ -60,7 +60,13 @@ def tensor_cores(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "outputs", "features", "density", "biased"),
-    [(1, 5, 45, 0.5, True), (3, 4, 300, 0.3, False), (9, 2, 31, 1.0, True), (2, 3, 64, 0.0, True), (0, 3, 8, 0.5, False)],
+    [
+        (1, 5, 45, 0.5, True),
+        (3, 4, 300, 0.3, False),
+        (9, 2, 31, 1.0, True),
+        (2, 3, 64, 0.0, True),
+        (0, 3, 8, 0.5, False),
+    ],
 )
 def test_any_kernel(rows, outputs, features, density, biased, dtype):
     x, weight, kept, bias = make(rows, outputs, features, dtype, density)
