@@ -200,3 +200,13 @@ def test_compress_keeps_what_the_mask_keeps(dtype, features):
         dirty[:, -1] |= -1 << features % 32
     for mine, right in zip(ops.compress(weight, dirty), compressed_of(weight, kept), strict=True):
         assert mine.dtype == right.dtype and torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("features", [45, 264])
+def test_bits_beyond_the_last_feature_are_ignored(tensor_cores, features):
+    x, weight, kept, bias = make(1, 3, features, torch.float16)
+    weight[1, kept[1]] = float("inf")  # what a bit too many in the row before would find
+    values, bitmap, offsets = compressed_of(weight, kept)
+    bitmap[:, -1] |= -1 << features % 32
+    y = ops.sparse_linear(x, values, bitmap, offsets, bias)[:, [0, 2]]
+    check(y, x, weight[[0, 2]], kept[[0, 2]], bias[[0, 2]])
