@@ -17,8 +17,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, cdiv, launch, next_power_of_2
 from personafast._triton.means import GEOMETRIC, JENSEN_SHANNON, LINEAR, at_fault, join, product
 
 # As in `personafast.ops._aggregate_logits`.
@@ -244,11 +243,11 @@ def aggregate_logits_shift_kernel(p_out, p_norms, V, BLOCKS: tl.constexpr, BLOCK
 @functools.cache
 def aggregate_logits_configs(N: int, V: int) -> tuple[Config, Config, Config]:
     """Those of the three launches; a program's logits are at most 8192, and 16-byte loads of a row cover its block."""
-    members = triton.next_power_of_2(max(1, N))
+    members = next_power_of_2(max(1, N))
     chunk = 4096
     block = 1024 if members <= 8 else 8192 // members
-    chunks = triton.next_power_of_2(triton.cdiv(V, chunk))
-    blocks = triton.next_power_of_2(triton.cdiv(V, block))
+    chunks = next_power_of_2(cdiv(V, chunk))
+    blocks = next_power_of_2(cdiv(V, block))
     return (
         Config({"MEMBERS": members, "CHUNK": chunk}, num_warps=8, enable_fp_fusion=True),
         Config(
@@ -283,7 +282,7 @@ def aggregate_logits(
     policies = policies if policies.stride(2) == 1 else policies.contiguous()
     aggregator, p, min_p = aggregator.contiguous(), p.contiguous(), min_p.contiguous()
     weigh, join_, shift = aggregate_logits_configs(N, V)
-    chunks, blocks = triton.cdiv(V, weigh.constants["CHUNK"]), triton.cdiv(V, join_.constants["BLOCK"])
+    chunks, blocks = cdiv(V, weigh.constants["CHUNK"]), cdiv(V, join_.constants["BLOCK"])
     sums = torch.empty(2 * B * ((N + 1) * chunks + blocks), dtype=torch.float32, device=ref.device)
     parts, norms = sums[: 2 * B * (N + 1) * chunks], sums[2 * B * (N + 1) * chunks :]
     strides = (ref.stride(0), policies.stride(0), policies.stride(1), weights.stride(0), weights.stride(1))

@@ -10,7 +10,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, launch, next_power_of_2
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def chunk_accept(
     launch(
         chunk_accept_kernel,
         (B, 1, 1),
-        chunk_accept_config(triton.next_power_of_2(max(2, k))),
+        chunk_accept_config(next_power_of_2(max(2, k))),
         accepted,
         scores,
         log_bound,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from personafast._triton.chunk_accept import accepted_prefix
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, launch, next_power_of_2
 from personafast._triton.means import GEOMETRIC, LINEAR, POWER, SMALLEST_EXPONENT, at_fault, join, product
 
 # Weights whose sum is this close to 1 sum to 1, as in `personafast.ops._chunk_scores`.
@@ -154,7 +154,7 @@ def _launch(
     N, B, k = policy_logp.shape
     scores = torch.empty((B, k), dtype=torch.float32, device=ref_logp.device)
     accepted = None if lengths is None else torch.empty(B, dtype=torch.int32, device=ref_logp.device)
-    config = chunk_scores_config(triton.next_power_of_2(max(2, N)), triton.next_power_of_2(max(2, k)))
+    config = chunk_scores_config(next_power_of_2(max(2, N)), next_power_of_2(max(2, k)))
     launch(
         chunk_scores_kernel,
         (B, 1, 1),

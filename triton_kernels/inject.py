@@ -15,7 +15,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, cdiv, launch, next_power_of_2
 from personafast._triton.rows import in_one_wave
 
 
@@ -61,9 +61,9 @@ def inject_config(H: int, itemsize: int, eager: bool) -> Config:
     Product and sum stay apart, so that the bits are those of the reference.
     """
     sizes = [(8192 >> halved) // itemsize for halved in range(3)]
-    block = min(sizes, key=lambda size: triton.cdiv(H, size) * size)
+    block = min(sizes, key=lambda size: cdiv(H, size) * size)
     if H <= sizes[-1]:
-        block = max(128, triton.next_power_of_2(H))
+        block = max(128, next_power_of_2(H))
     constants = {"BLOCK": block, "EAGER": eager}
     return Config(constants, num_warps=max(1, block * itemsize // 1024), enable_fp_fusion=False)
 
@@ -77,7 +77,7 @@ def inject_(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale
     target = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     source = bank if bank.stride(1) == 1 else bank.contiguous()
     config = inject_config(H, hidden.element_size(), True)
-    blocks = triton.cdiv(H, config.constants["BLOCK"])
+    blocks = -(-H // config.constants["BLOCK"])
     if not in_one_wave(hidden, T * blocks, config.options["num_warps"]):
         config = inject_config(H, hidden.element_size(), False)
     launch(

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from personafast._triton.group_rows import group_rows
-from personafast._triton.launch import Config, Device, device_of, launch
+from personafast._triton.launch import Config, Device, cdiv, device_of, launch, next_power_of_2
 
 # Rows up to which every program looks through all slots itself.
 MOST_ROWS = 256
@@ -425,15 +425,15 @@ def lora_delta_config(
     whatever the batch, so that a row's result does not depend on it. fp32 is multiplied without tensor cores, from
     smaller blocks that fit into the registers.
     """
-    rank = max(16, triton.next_power_of_2(R))
+    rank = max(16, next_power_of_2(R))
     wide = itemsize > 2
     if width:
         block_r = 16 if wide else rank if rank <= 64 else 32
         block_i = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
-        steps = triton.cdiv(triton.cdiv(features, block_i), 16 if rank <= 32 else 8)
+        steps = cdiv(cdiv(features, block_i), 16 if rank <= 32 else 8)
         groups = width if by_row else adapters
         block_o = 64 if wide else {16: 256, 32: 128, 64: 128}[block_r]
-        while block_o > 64 and groups * triton.cdiv(outputs, block_o) < device.multiprocessors:
+        while block_o > 64 and groups * cdiv(outputs, block_o) < device.multiprocessors:
             block_o //= 2
         rows, common = 16, {"WIDTH": width, "BY_ROW": by_row}
         eager = {"EAGER": steps == 1 and not by_row and adapters * R * features * itemsize <= EAGER_BYTES}
@@ -441,11 +441,11 @@ def lora_delta_config(
     else:
         block_r = min(rank, 32 if wide else 64)
         block_i = 32 if wide else 64
-        steps = triton.cdiv(triton.cdiv(features, block_i), 4 if rank <= 32 else 2)
+        steps = cdiv(cdiv(features, block_i), 4 if rank <= 32 else 2)
         block_o = 64 if wide or rank > 32 else 128
         rows, common, eager = 32 if wide else 64, {}, {}
         warps, stages = 8 if rank > 32 else 4, 3
-    splits = triton.cdiv(features, block_i * steps)
+    splits = cdiv(features, block_i * steps)
     common.update(ROWS=rows, RANK=rank)
     shrink = Config(
         {**common, "BLOCK_R": block_r, "BLOCK_I": block_i, "STEPS": steps, **eager, "DEPENDENT": dependent},
@@ -464,7 +464,7 @@ def lora_delta_config(
         num_stages=1,
         **({"launch_pdl": True} if dependent else {}),
     )
-    return Plan(shrink, expand, rows, splits, rank, triton.cdiv(R, block_r), triton.cdiv(outputs, block_o))
+    return Plan(shrink, expand, rows, splits, rank, cdiv(R, block_r), cdiv(outputs, block_o))
 
 
 def lora_delta_(

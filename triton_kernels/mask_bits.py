@@ -11,7 +11,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def unpack_mask_kernel(p_packed, p_mask, s_packed, n_features, n_words, BLOCK: t
 @functools.cache
 def mask_bits_config(words: int) -> Config:
     """Words of a row that a program takes: two threads a word."""
-    block = min(128, max(16, triton.next_power_of_2(words)))
+    block = min(128, max(16, next_power_of_2(words)))
     return Config({"BLOCK": block}, num_warps=block // 16)
 
 
@@ -49,10 +49,10 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Launch `pack_mask_kernel`; `personafast.ops.pack_mask` has checked the argument."""
     rows, features = mask.shape
     mask = (mask if mask.stride(1) == 1 else mask.contiguous()).view(torch.uint8)
-    words = triton.cdiv(features, 32)
+    words = cdiv(features, 32)
     packed = torch.empty((rows, words), dtype=torch.int32, device=mask.device)
     config = mask_bits_config(words)
-    grid = (rows, triton.cdiv(words, config.constants["BLOCK"]), 1)
+    grid = (rows, cdiv(words, config.constants["BLOCK"]), 1)
     launch(pack_mask_kernel, grid, config, mask, packed, mask.stride(0), features, words)
     return packed
 
@@ -63,6 +63,6 @@ def unpack_mask(packed: torch.Tensor, features: int) -> torch.Tensor:
     packed = packed if packed.stride(1) == 1 else packed.contiguous()
     mask = torch.empty((rows, features), dtype=torch.bool, device=packed.device)
     config = mask_bits_config(words)
-    grid = (rows, triton.cdiv(words, config.constants["BLOCK"]), 1)
+    grid = (rows, cdiv(words, config.constants["BLOCK"]), 1)
     launch(unpack_mask_kernel, grid, config, packed, mask.view(torch.uint8), packed.stride(0), features, words)
     return mask

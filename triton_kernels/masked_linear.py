@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from personafast._triton.group_rows import group_rows
-from personafast._triton.launch import Config, Device, device_of, interpreting, launch
+from personafast._triton.launch import Config, Device, cdiv, device_of, interpreting, launch, next_power_of_2
 
 # Rows that one program of the first kernel takes, and weights that a lane takes at once: a byte of the mask.
 FEW_ROWS = 8
@@ -331,10 +331,10 @@ def masked_linear_few_config(
 
     Four stages of 16 KB and four programs leave an SM with 150 KB in flight.
     """
-    rows = min(FEW_ROWS, triton.next_power_of_2(T))
+    rows = min(FEW_ROWS, next_power_of_2(T))
     even = features % FEW_COLUMNS == 0
     block = 8 if rows == FEW_ROWS and (soft or dtype == torch.float32 or not even) else 16
-    while block > 4 and triton.cdiv(outputs, block) * triton.cdiv(T, rows) < device.multiprocessors:
+    while block > 4 and cdiv(outputs, block) * cdiv(T, rows) < device.multiprocessors:
         block //= 2
     return _few(rows, block, even, 4 if device.shared_bytes >= 160 << 10 else 3)
 
@@ -359,14 +359,14 @@ def masked_linear_many_config(T: int, features: int, P: int, dtype: torch.dtype,
     256 rows are what tensor cores of Hopper need to be busy as long as shared memory is with the weights, which pass
     through it twice.
     """
-    groups = triton.next_power_of_2(P + 1)
+    groups = next_power_of_2(P + 1)
     if dtype == torch.float32:
         return _many(32, 32, 32, groups, features % 32 == 0, 4, 3)
     if features % 8 != 0:  # no row is aligned, and single elements are loaded
         return _many(32, 64, 32, groups, features % 32 == 0, 4, 2)
     roomy = device.shared_bytes >= 160 << 10
     largest = 256 if roomy and device.capability >= 90 else 128
-    block_t = min(largest, max(32, triton.next_power_of_2(T // (P + 1))))
+    block_t = min(largest, max(32, next_power_of_2(T // (P + 1))))
     return _many(block_t, 128, 64, groups, features % 64 == 0, 8, 4 if roomy and block_t < 256 else 3)
 
 
@@ -407,14 +407,14 @@ def masked_linear(
     if masked_linear_way(T, P) == "few":
         config = masked_linear_few_config(T, outputs, features, x.dtype, gamma is not None, device_of(x))
         rows, block = config.constants["ROWS"], config.constants["BLOCK_O"]
-        grid = (triton.cdiv(outputs, block) * triton.cdiv(T, rows), 1, 1)
+        grid = (cdiv(outputs, block) * cdiv(T, rows), 1, 1)
         rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, outputs, features, P)
         launch(masked_linear_few_kernel, grid, config, out, x, weight, masks.view(torch.uint8), slots, *rest)
         return out
     order, offsets = group_rows(slots, P)
     config = masked_linear_many_config(T, features, P, x.dtype, device_of(x))
     n_t = T // config.constants["BLOCK_T"] + min(T, P + 1)
-    grid = (n_t * triton.cdiv(outputs, config.constants["BLOCK_O"]), 1, 1)
+    grid = (n_t * cdiv(outputs, config.constants["BLOCK_O"]), 1, 1)
     rest = (gamma, bias, x.stride(0), weight.stride(0), words, T, outputs, features, P, n_t)
     launch(masked_linear_many_kernel, grid, config, out, x, weight, masks, order, offsets, *rest)
     return out

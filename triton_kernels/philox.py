@@ -11,7 +11,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, launch
+from personafast._triton.launch import Config, cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def philox_uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n:
     """Launch `philox_uniform_kernel`; arguments as `personafast.ops.philox.uniform`, which has checked them."""
     B = seeds.shape[0]
     out = torch.empty((B, n), dtype=torch.float64, device=seeds.device)
-    config = philox_uniform_config(triton.next_power_of_2(max(1, min(128, B * n))))
-    grid = (triton.cdiv(B * n, config.constants["BLOCK"]), 1, 1)
+    config = philox_uniform_config(next_power_of_2(max(1, min(128, B * n))))
+    grid = (cdiv(B * n, config.constants["BLOCK"]), 1, 1)
     launch(philox_uniform_kernel, grid, config, out, seeds.contiguous(), positions.contiguous(), stream, B, n)
     return out

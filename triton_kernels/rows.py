@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-from personafast._triton.launch import device_of
+from personafast._triton.launch import cdiv, device_of, next_power_of_2
 
 # Tiles that a row in registers is cut into at most, each 8 elements a thread. With fewer than 32 elements, what every
 # thread does for its row as a whole (addresses, sums over the warps) would be half of its instructions. And widths
@@ -34,6 +33,6 @@ def whole_row(H: int) -> tuple[dict[str, int | bool], int]:
     The constants are BLOCK, the columns of a tile; TILES, how many the row has; and HELD, whether all of them stay in
     registers. A row too wide for that goes by a tile at a time.
     """
-    block = min(_WIDEST, max(256, triton.next_power_of_2(triton.cdiv(H, _TILES))))
-    tiles = max(1, triton.cdiv(H, block))
+    block = min(_WIDEST, max(256, next_power_of_2(cdiv(H, _TILES))))
+    tiles = max(1, cdiv(H, block))
     return {"BLOCK": block, "TILES": tiles, "HELD": tiles <= _TILES}, block // 256

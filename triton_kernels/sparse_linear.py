@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, Device, device_of, interpreting, launch
+from personafast._triton.launch import Config, Device, cdiv, device_of, interpreting, launch, next_power_of_2
 
 # Features that a warp takes at a time, and the least number of values for which its start can be moved inwards.
 TILE = tl.constexpr(256)
@@ -316,9 +316,9 @@ def sparse_expand_kernel(
 def sparse_linear_config(T: int, outputs: int, features: int, device: Device) -> Config:
     """Four outputs a program, at most 8 rows of x; one warp where that gives every multiprocessor 16, else up to 8."""
     warps = 1
-    while warps < 8 and triton.cdiv(outputs, 4) * warps < 16 * device.multiprocessors and warps * TILE.value < features:
+    while warps < 8 and cdiv(outputs, 4) * warps < 16 * device.multiprocessors and warps * TILE.value < features:
         warps *= 2
-    rows = min(8, triton.next_power_of_2(max(T, 1)))
+    rows = min(8, next_power_of_2(max(T, 1)))
     even = features % (TILE.value * warps) == 0
     return Config({"PAIRS": 2, "ROWS": rows, "WARPS": warps, "EVEN": even}, num_warps=warps)
 
@@ -326,7 +326,7 @@ def sparse_linear_config(T: int, outputs: int, features: int, device: Device) ->
 @functools.cache
 def sparse_linear_any_config(T: int) -> Config:
     """Four outputs a program and at most 8 rows of x, so that the sums stay in registers."""
-    return Config({"OUTPUTS": 4, "ROWS": min(8, triton.next_power_of_2(max(T, 1)))}, num_warps=1)
+    return Config({"OUTPUTS": 4, "ROWS": min(8, next_power_of_2(max(T, 1)))}, num_warps=1)
 
 
 _EXPAND = Config({"OUTPUTS": 4}, num_warps=1)
@@ -366,7 +366,7 @@ def sparse_linear(
     compressed = (values, bitmap, row_offsets, None if bias is None else bias.contiguous(), values.numel())
     if _fits(x, values):
         config = sparse_linear_config(T, outputs, features, device_of(x))
-        grid = (triton.cdiv(outputs, 4), triton.cdiv(T, config.constants["ROWS"]), 1)
+        grid = (cdiv(outputs, 4), cdiv(T, config.constants["ROWS"]), 1)
         launch(
             sparse_linear_kernel,
             grid,
@@ -382,7 +382,7 @@ def sparse_linear(
         )
     else:
         config = sparse_linear_any_config(T)
-        grid = (triton.cdiv(outputs, config.constants["OUTPUTS"]), triton.cdiv(T, config.constants["ROWS"]), 1)
+        grid = (cdiv(outputs, config.constants["OUTPUTS"]), cdiv(T, config.constants["ROWS"]), 1)
         strides = (x.stride(0), x.stride(1), 4 * bitmap.shape[1])
         launch(sparse_linear_any_kernel, grid, config, out, x, *compressed, T, outputs, features, *strides)
     return out
@@ -394,7 +394,7 @@ def _expanded(values: torch.Tensor, bitmap: torch.Tensor, row_offsets: torch.Ten
     weight = values.new_empty((outputs, features))
     launch(
         sparse_expand_kernel,
-        (triton.cdiv(outputs, _EXPAND.constants["OUTPUTS"]), 1, 1),
+        (cdiv(outputs, _EXPAND.constants["OUTPUTS"]), 1, 1),
         _EXPAND,
         weight,
         values,

@@ -15,9 +15,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
 from personafast._triton.elementary import tanh
-from personafast._triton.launch import Config, device_of, launch
+from personafast._triton.launch import Config, cdiv, device_of, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -141,7 +140,7 @@ def token_logprobs_config(block_t: int, H: int, itemsize: int, capped: bool, sha
 @functools.cache
 def token_logprobs_join_config(tiles: int) -> Config:
     """A row's partial sums at once, 4 a thread."""
-    block = max(32, triton.next_power_of_2(tiles))
+    block = max(32, next_power_of_2(tiles))
     return Config({"BLOCK": block}, num_warps=min(8, max(1, block // 128)), enable_fp_fusion=True)
 
 
@@ -162,14 +161,14 @@ def token_logprobs(
     V = lm_head.shape[0]
     rows = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     tokens = tokens.contiguous()
-    block_t = min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(max(1, T))))
+    block_t = min(MOST_ROWS, max(LEAST_ROWS, next_power_of_2(max(1, T))))
     config = token_logprobs_config(block_t, H, hidden.itemsize, softcap > 0, device_of(hidden).shared_bytes)
-    tiles = triton.cdiv(V, config.constants["PART"])
+    tiles = cdiv(V, config.constants["PART"])
     out = torch.empty(T, dtype=torch.float32, device=hidden.device)
     parts = torch.empty((2 * tiles + 1) * T, dtype=torch.float32, device=hidden.device)
     launch(
         token_logprobs_kernel,
-        (triton.cdiv(V, config.constants["BLOCK_V"]) * triton.cdiv(T, config.constants["BLOCK_T"]), 1, 1),
+        (cdiv(V, config.constants["BLOCK_V"]) * cdiv(T, config.constants["BLOCK_T"]), 1, 1),
         config,
         parts,
         rows,

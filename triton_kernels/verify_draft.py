@@ -18,7 +18,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from personafast._triton.launch import Config, device_of, launch
+from personafast._triton.launch import Config, cdiv, device_of, launch, next_power_of_2
 from personafast._triton.philox import uniform
 
 # Streams of `philox`, as `personafast.ops._verify_draft` has them.
@@ -315,9 +315,9 @@ def verify_draft_config(V: int, places: int, whole: bool) -> tuple[Config, Confi
     The blocks depend on the vocabulary alone, so that a row's sums have one order in any batch. They are as large as
     registers allow: what a program decides before it sums costs about as much as 2048 tokens.
     """
-    block = min(4096, max(32, triton.next_power_of_2(V)))
+    block = min(4096, max(32, next_power_of_2(V)))
     shared = {"WHOLE": whole, "K": max(2, places), "BLOCK": block}
-    blocks = max(2, triton.next_power_of_2(triton.cdiv(V, block)))
+    blocks = max(2, next_power_of_2(cdiv(V, block)))
     draw = Config({**shared, "BLOCKS": blocks}, num_warps=max(1, min(8, block // 256)))
     return Config(shared, num_warps=max(1, min(4, block // 256))), draw
 
@@ -339,8 +339,8 @@ def verify_draft(
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     lengths, seeds, positions = lengths.contiguous(), seeds.contiguous(), positions.contiguous()
-    config, draw = verify_draft_config(V, triton.next_power_of_2(k + 1), block)
-    n_blocks = triton.cdiv(V, config.constants["BLOCK"])
+    config, draw = verify_draft_config(V, next_power_of_2(k + 1), block)
+    n_blocks = cdiv(V, config.constants["BLOCK"])
     masses = torch.empty((B, k + 1 if block else 1, 2, n_blocks), dtype=torch.float32, device=tokens.device)
     scales = torch.empty((B, k + 1), dtype=torch.float32, device=tokens.device) if block else None
     # Few rows have their places side by side; with many, programs that find nothing to do would cost more.

@@ -144,7 +144,7 @@ def _specimen(
         "lora_delta_",
         f"{kind}, {rows} x {features} to {outputs}, {adapters} of rank {rank}{name}",
         call,
-        4 if grouped else 2,
+        3 if grouped else 2,
         traffic,
         ("lora_shrink_grouped_kernel", "lora_expand_grouped_kernel") if grouped and dtype.itemsize == 2 else (),
         listed=dtype == torch.bfloat16 and not name,
