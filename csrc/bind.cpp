@@ -22,6 +22,11 @@
 #include "personafast/verify_draft.h"
 
 namespace py = pybind11;
+
+#ifdef PERSONAFAST_CUDA_ARCHS
+void bind_cuda(py::module_& module);
+#endif
+
 using namespace personafast;
 
 namespace {
@@ -355,7 +360,11 @@ py::dict build_info() {
   info["isas_compiled"] = compiled;
   info["isas_supported"] = supported;
   info["isa"] = isa_name(isa_chosen());
+#ifdef PERSONAFAST_CUDA_ARCHS
+  info["cuda"] = py::str(PERSONAFAST_CUDA_ARCHS).attr("split")(",");
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 
@@ -364,7 +373,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "personafast's C++ kernels, by address: use personafast.ops";
   module.def("build_info", &build_info,
-             "Version, compiler, instruction sets compiled, supported here and chosen, and whether CUDA is in.");
+             "Version, compiler, instruction sets compiled, supported here and chosen, and the GPUs compiled for.");
   module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");
@@ -388,4 +397,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("steer_", &steer, "personafast/steer.h");
   module.def("unpack_mask", &unpack_mask, "personafast/mask_bits.h");
   module.def("verify_draft", &verify_draft, "personafast/verify_draft.h");
+#ifdef PERSONAFAST_CUDA_ARCHS
+  bind_cuda(module);
+#endif
 }

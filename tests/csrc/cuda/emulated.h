@@ -1,0 +1,33 @@
+#pragma once
+
+// What the tests of emulated kernels share beside check.h.
+
+#include "check.h"
+#include "emulator.h"
+
+namespace check {
+
+// As check::run; every case has another order of threads, and at times enough multiprocessors that a launch of its size
+// is one wave.
+inline int run_emulated(int argc, char** argv, long long cases, void (*one)(Random&)) {
+  static void (*chosen)(Random&);
+  chosen = one;
+  emulator::on_error = print_case;
+  return run(argc, argv, cases, [](Random& random) {
+    emulator::schedule = random.pick<uint64_t>({0, 1, random.bits() | 2});
+    emulator::multiprocessors = static_cast<int>(random.pick<int64_t>({0, 1, 132}));
+    chosen(random);
+  });
+}
+
+inline void require_launched(int error) { require(error == 0, "the launch failed with error %d", error); }
+
+// Dense rows, rows with gaps that keep 16-byte accesses possible, and rows with any gap.
+inline std::vector<int64_t> row_strides(Random& random, int64_t rows, int64_t width) {
+  std::vector<int64_t> strides = Tensor::dense({rows, width});
+  if (random.chance(30)) strides[0] += 8 * random.between(1, 4);
+  if (random.chance(20)) strides[0] += random.between(1, 9);
+  return strides;
+}
+
+}  // namespace check
