@@ -7,7 +7,7 @@
 
 #include "personafast/inject.h"
 
-#include "elements.cuh"
+#include "rows.cuh"
 
 namespace personafast {
 namespace {
@@ -15,8 +15,6 @@ namespace {
 using namespace cuda;
 
 constexpr int kThreads = 128;
-// Threads that a multiprocessor runs at once, of those that run the fewest.
-constexpr int64_t kResident = 1536;
 
 // Chunks of N columns a thread; neighbouring threads have neighbouring chunks.
 template <Dtype H, Dtype B, int N, int Chunks, bool Eager>
@@ -34,18 +32,23 @@ __global__ void __launch_bounds__(kThreads) inject_kernel(const __grid_constant_
   }
   const int64_t slot = a.slots[t];
   const float scale = a.scale ? a.scale[t] : 1.0f;
-  if (slot < 0 || slot >= a.bank_rows) return;
-  const char* bank = static_cast<const char*>(a.bank) + slot * a.bank_stride * kBytes<B>;
+  const bool steered = slot >= 0 && slot < a.bank_rows;
+  if constexpr (!Eager) {
+    if (!steered) return;
+  }
+  // The eager kernel does not branch on the slot: behind such a branch the compiler would put the load of hidden.
+  const int64_t end = steered ? a.width : 0;
+  const char* bank = static_cast<const char*>(a.bank) + (steered ? slot : 0) * a.bank_stride * kBytes<B>;
   Elements<B, N> added[Chunks];
 #pragma unroll
   for (int k = 0; k < Chunks; ++k) {
-    if (first + k * step >= a.width) continue;
+    if (first + k * step >= end) continue;
     if constexpr (!Eager) hidden[k] = load<H, N, Memory::written>(row, first + k * step);
     added[k] = load<B, N>(bank, first + k * step);
   }
 #pragma unroll
   for (int k = 0; k < Chunks; ++k) {
-    if (first + k * step >= a.width) continue;
+    if (first + k * step >= end) continue;
     float sums[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) sums[i] = hidden[k][i] + added[k][i] * scale;
@@ -59,7 +62,7 @@ int run(const InjectArgs& a, void* stream) {
   const int64_t chunks = (a.width + N - 1) / N;
   const int64_t threads = chunks < kThreads ? (chunks + kWarp - 1) / kWarp * kWarp : kThreads;
   const int64_t parts = (chunks + threads - 1) / threads;
-  if (a.rows * parts * threads <= multiprocessors() * kResident) {
+  if (in_one_wave(a.rows * parts * threads)) {
     const dim3 grid(static_cast<unsigned>(a.rows), static_cast<unsigned>(parts));
     return launch(inject_kernel<H, B, N, 1, true>, grid, dim3(static_cast<unsigned>(threads)), 0, stream, a);
   }

@@ -30,4 +30,12 @@ inline std::vector<int64_t> row_strides(Random& random, int64_t rows, int64_t wi
   return strides;
 }
 
+// Mostly small, and at times more than a block keeps in registers: 2048 columns one by one, 8192 of fp32 and 16384 of
+// 16 bit in accesses of 16 bytes.
+inline int64_t some_width(Random& random) {
+  if (random.chance(40)) return 16 * random.between(1, 25);
+  if (random.chance(80)) return random.size(400);
+  return random.chance(50) ? random.between(2000, 2200) : 8 * random.between(1000, 2100);
+}
+
 }  // namespace check

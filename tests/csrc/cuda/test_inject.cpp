@@ -8,7 +8,7 @@ using namespace check;
 // Multiply and add are rounded apart, so the result is known to the bit. A row of a wrong slot is left alone.
 static void one(Random& random) {
   const int64_t rows = random.between(0, 5);
-  const int64_t width = random.chance(5) ? random.between(3000, 4200) : random.size(300);
+  const int64_t width = some_width(random);
   const int64_t bank_rows = random.between(0, 4);
   const Dtype dtype = random.dtype();
   Tensor hidden(random, dtype, {rows, width}, row_strides(random, rows, width));
