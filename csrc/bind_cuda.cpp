@@ -5,18 +5,13 @@
 
 #include <string>
 
+#include "bind_args.h"
 #include "personafast/cuda.h"
-#include "personafast/inject.h"
 
 namespace py = pybind11;
 using namespace personafast;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Runs the launcher without the lock of the interpreter, since a launch waits where the device's queue is full.
 template <class Args>
@@ -33,21 +28,10 @@ void launch(const char* kernel, int (*launcher)(const Args&, void*), const Args&
   throw py::error_already_set();
 }
 
-void inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
-            int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
-            uintptr_t stream) {
-  const InjectArgs args = {at<void>(hidden),
-                           hidden_stride,
-                           static_cast<Dtype>(hidden_dtype),
-                           at<const void>(bank),
-                           bank_stride,
-                           static_cast<Dtype>(bank_dtype),
-                           at<const int32_t>(slots),
-                           at<const float>(scale),
-                           rows,
-                           width,
-                           bank_rows};
-  launch("inject_kernel", inject_cuda, args, stream);
+// The launcher as a function of what `make` takes and the stream.
+template <class Args, class... P>
+auto on_gpu(const char* kernel, Args (*make)(P...), int (*launcher)(const Args&, void*)) {
+  return [=](P... parameters, uintptr_t stream) { launch(kernel, launcher, make(parameters...), stream); };
 }
 
 std::string trouble() {
@@ -59,5 +43,9 @@ std::string trouble() {
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_trouble", &trouble, "Why no CUDA kernel runs on the current device; empty where they do.");
-  module.def("inject_cuda", &inject, "personafast/inject.h");
+  module.def("add_inject_rms_norm_cuda",
+             on_gpu("add_inject_rms_norm_kernel", add_inject_rms_norm_args, add_inject_rms_norm_cuda),
+             "personafast/add_inject_rms_norm.h");
+  module.def("inject_cuda", on_gpu("inject_kernel", inject_args, inject_cuda), "personafast/inject.h");
+  module.def("steer_cuda", on_gpu("steer_kernel", steer_args, steer_cuda), "personafast/steer.h");
 }
