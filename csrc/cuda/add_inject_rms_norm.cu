@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kRowThreads)
     Elements<D, N> other[kRowChunks];
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= a.width) continue;
-      sums[k] = load<D, N>(update, first + k * step);
-      other[k] = load<D, N>(residual, first + k * step);
+      const int64_t column = first + k * step;
+      sums[k] = load_if<D, N>(column < a.width, update, column);
+      other[k] = load_if<D, N>(column < a.width, residual, column);
     }
     const int64_t slot = a.slots[t];
     const float scale = a.scale ? a.scale[t] : 1.0f;
@@ -44,48 +44,42 @@ __global__ void __launch_bounds__(kRowThreads)
     Elements<B, N> added[kRowChunks];
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (steered && first + k * step < a.width) added[k] = load<B, N>(bank, first + k * step);
-    }
-    if constexpr (Whole) {
-#pragma unroll
-      for (int k = 0; k < kRowChunks; ++k) {
-        if (first + k * step < a.width) weight[k] = load<W, N>(a.weight, first + k * step);
-      }
+      const int64_t column = first + k * step;
+      added[k] = load_if<B, N>(steered && column < a.width, bank, column);
+      if constexpr (Whole) weight[k] = load_if<W, N>(column < a.width, a.weight, column);
     }
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= a.width) continue;
       float exact[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        exact[i] = sums[k][i] + other[k][i];
-        if (steered) exact[i] = exact[i] + added[k][i] * scale;
+        const float sum = sums[k][i] + other[k][i];
+        exact[i] = steered ? sum + added[k][i] * scale : sum;
       }
       sums[k].set(exact);
-      store(residual_out, first + k * step, sums[k]);
+      if (first + k * step < a.width) store(residual_out, first + k * step, sums[k]);
 #pragma unroll
       for (int i = 0; i < N; ++i) squares[0] = fmaf(sums[k][i], sums[k][i], squares[0]);
     }
   };
 
   const auto norm = [&](int64_t first, float inverse) {
+    if constexpr (!Whole) {
 #pragma unroll
-    for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= a.width) continue;
-      if constexpr (!Whole) {
-        sums[k] = load<D, N, Memory::written>(residual_out, first + k * step);
-        weight[k] = load<W, N>(a.weight, first + k * step);
+      for (int k = 0; k < kRowChunks; ++k) {
+        const int64_t column = first + k * step;
+        sums[k] = load_if<D, N, Memory::written>(column < a.width, residual_out, column);
+        weight[k] = load_if<W, N>(column < a.width, a.weight, column);
       }
     }
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= a.width) continue;
       float exact[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) exact[i] = sums[k][i] * inverse * weight[k][i];
       Elements<D, N> rounded;
       rounded.set(exact);
-      store(normed, first + k * step, rounded);
+      if (first + k * step < a.width) store(normed, first + k * step, rounded);
     }
   };
 

@@ -65,6 +65,14 @@ __device__ __forceinline__ Elements<D, N> load(const void* base, int64_t first) 
   return elements;
 }
 
+// Zeros if not.
+template <Dtype D, int N, Memory M = Memory::read_only>
+__device__ __forceinline__ Elements<D, N> load_if(bool condition, const void* base, int64_t first) {
+  Elements<D, N> elements = {};
+  if (condition) elements = load<D, N, M>(base, first);
+  return elements;
+}
+
 template <Dtype D, int N>
 __device__ __forceinline__ void store(void* base, int64_t first, const Elements<D, N>& elements) {
   char* at = static_cast<char*>(base) + first * kBytes<D>;

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads) inject_kernel(const __grid_constant_
     for (int k = 0; k < Chunks; ++k) {
       if (first + k * step < a.width) hidden[k] = load<H, N, Memory::written>(row, first + k * step);
     }
+    __syncwarp();  // or the compiler may put these loads behind the wait for the slot
   }
   const int64_t slot = a.slots[t];
   const float scale = a.scale ? a.scale[t] : 1.0f;
@@ -36,7 +37,6 @@ __global__ void __launch_bounds__(kThreads) inject_kernel(const __grid_constant_
   if constexpr (!Eager) {
     if (!steered) return;
   }
-  // The eager kernel does not branch on the slot: behind such a branch the compiler would put the load of hidden.
   const int64_t end = steered ? a.width : 0;
   const char* bank = static_cast<const char*>(a.bank) + (steered ? slot : 0) * a.bank_stride * kBytes<B>;
   Elements<B, N> added[Chunks];

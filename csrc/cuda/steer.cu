@@ -17,8 +17,8 @@ namespace {
 using namespace cuda;
 
 struct Slot {
-  bool steered;
-  int64_t index;  // 0 where the row is left alone
+  bool known;     // whether there is such a slot
+  int64_t index;  // 0 if not
   SteerMode mode;
   float p0;
   float p1;
@@ -34,18 +34,14 @@ struct Update {
 
 __device__ __forceinline__ Slot slot_of(const SteerArgs& a, int64_t t) {
   const int64_t slot = a.slots[t];
-  const float scale = a.scale ? a.scale[t] : 1.0f;
-  bool steered = slot >= 0 && slot < a.directions_rows;
-  const int64_t index = steered ? slot : 0;
-  int8_t mode = -1;
-  float p0 = 0.0f, p1 = 0.0f;
-  if (steered) {
-    mode = a.mode[index];
-    p0 = a.params[2 * index];
-    p1 = a.params[2 * index + 1];
+  const bool known = slot >= 0 && slot < a.directions_rows;
+  Slot s = {known, known ? slot : 0, SteerMode::ablate, 0.0f, 0.0f, a.scale ? a.scale[t] : 1.0f};
+  if (known) {
+    s.mode = static_cast<SteerMode>(a.mode[s.index]);
+    s.p0 = a.params[2 * s.index];
+    s.p1 = a.params[2 * s.index + 1];
   }
-  steered = mode >= 0 && mode < kSteerModes;
-  return {steered, index, static_cast<SteerMode>(mode), p0, p1, scale};
+  return s;
 }
 
 // min(max(value, low), high), NaN if any of them is.
@@ -55,21 +51,26 @@ __device__ __forceinline__ float clip(float value, float low, float high) {
 }
 
 __device__ __forceinline__ Update update_of(const Slot& s, float first, float second) {
-  Update u = {1.0f, s.scale * s.p0, 1.0f, true};
-  if (s.mode == SteerMode::replace) {
-    u.keep = 1.0f - s.scale;
-  } else {
-    const float inverse = rsqrtf(second);
-    if (s.mode == SteerMode::norm_preserving) {
+  Update u = {1.0f, s.scale * s.p0, 1.0f, s.known};
+  const float inverse = rsqrtf(second);
+  const float coordinate = first * inverse;
+  switch (s.mode) {
+    case SteerMode::ablate:
+      u.add = -u.add * coordinate * inverse;
+      break;
+    case SteerMode::clamp:
+      u.add = s.scale * (clip(coordinate, s.p0, s.p1) - coordinate) * inverse;
+      break;
+    case SteerMode::norm_preserving:
       u.ratio = sqrtf(first) * inverse;
-    } else {
-      const float coordinate = first * inverse;
-      const float change =
-          s.mode == SteerMode::ablate ? -u.add * coordinate : s.scale * (clip(coordinate, s.p0, s.p1) - coordinate);
-      u.add = change * inverse;
-    }
-    if (second == 0.0f) u.changes = false;
+      break;
+    case SteerMode::replace:
+      u.keep = 1.0f - s.scale;
+      break;
+    default:
+      u.changes = false;
   }
+  if (s.mode != SteerMode::replace && second == 0.0f) u.changes = false;
   if (u.keep == 1.0f && u.add == 0.0f) u.changes = false;
   return u;
 }
@@ -83,24 +84,23 @@ struct Part {
   __device__ __forceinline__ void load_hidden(const void* row, int64_t first, int64_t step, int64_t end) {
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step < end) hidden[k] = load<H, N, Memory::written>(row, first + k * step);
+      hidden[k] = load_if<H, N, Memory::written>(first + k * step < end, row, first + k * step);
     }
   }
 
   __device__ __forceinline__ void load_direction(const void* row, int64_t first, int64_t step, int64_t end) {
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step < end) direction[k] = load<D, N>(row, first + k * step);
+      direction[k] = load_if<D, N>(first + k * step < end, row, first + k * step);
     }
   }
 
-  // Adds to the two sums that the mode asks for.
-  __device__ __forceinline__ void sum(float (&sums)[2], const Slot& s, int64_t first, int64_t step, int64_t end) const {
+  // Adds to the two sums that the mode asks for. Chunks beyond the row are zeros.
+  __device__ __forceinline__ void sum(float (&sums)[2], const Slot& s) const {
     const bool preserve = s.mode == SteerMode::norm_preserving;
     const float amount = s.scale * s.p0;
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= end) continue;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float h = hidden[k][i], d = direction[k][i];
@@ -114,13 +114,12 @@ struct Part {
   __device__ __forceinline__ void apply(void* row, const Update& u, int64_t first, int64_t step, int64_t end) const {
 #pragma unroll
     for (int k = 0; k < kRowChunks; ++k) {
-      if (first + k * step >= end) continue;
       float moved[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) moved[i] = fmaf(u.keep, hidden[k][i], u.add * direction[k][i]) * u.ratio;
       Elements<H, N> rounded;
       rounded.set(moved);
-      store(row, first + k * step, rounded);
+      if (first + k * step < end) store(row, first + k * step, rounded);
     }
   }
 };
@@ -138,24 +137,26 @@ __global__ void __launch_bounds__(kRowThreads) steer_kernel(const __grid_constan
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
   char* row = static_cast<char*>(a.hidden) + t * a.hidden_stride * kBytes<H>;
   Part<H, D, N> part;
-  if constexpr (R == Reads::eager) part.load_hidden(row, first, step, a.width);
+  if constexpr (R == Reads::eager) {
+    part.load_hidden(row, first, step, a.width);
+    __syncwarp();  // or the compiler would put these loads behind the wait for the slot
+  }
   const Slot s = slot_of(a, t);
   if constexpr (R != Reads::eager) {
-    if (!s.steered) return;
+    if (!s.known) return;
   }
-  // The eager kernel does not branch on the slot: behind such a branch the compiler would put the load of hidden.
-  const int64_t end = s.steered ? a.width : 0;
+  const int64_t end = s.known ? a.width : 0;
   const char* direction = static_cast<const char*>(a.directions) + s.index * a.directions_stride * kBytes<D>;
   float sums[2] = {0.0f, 0.0f};
   if constexpr (R != Reads::twice) {
     if constexpr (R == Reads::whole) part.load_hidden(row, first, step, end);
     part.load_direction(direction, first, step, end);
-    part.sum(sums, s, first, step, end);
+    part.sum(sums, s);
   } else {
     for (int64_t c = first; c < end; c += kRowChunks * step) {
       part.load_hidden(row, c, step, end);
       part.load_direction(direction, c, step, end);
-      part.sum(sums, s, c, step, end);
+      part.sum(sums, s);
     }
   }
   block_sums(sums);
