@@ -33,7 +33,7 @@ static void one(Random& random) {
   weight.fill(random);
   fill_slots(random, slots, bank_rows);
   spoil_slots(random, slots, bank_rows);
-  for (int64_t t = 0; t < rows; ++t) scale[t] = static_cast<float>(random.uniform(-3, 3));
+  fill_scale(random, scale, slots, bank_rows);
 
   const personafast::AddInjectRmsNormArgs args = {normed.data(),
                                                   residual_out.data(),
@@ -80,4 +80,4 @@ static void one(Random& random) {
   require(normed.bytes() == before, "normed depends on the order of threads");
 }
 
-int main(int argc, char** argv) { return run_emulated(argc, argv, 300, one); }
+int main(int argc, char** argv) { return run_emulated(argc, argv, 1000, one); }

@@ -23,7 +23,7 @@ static void one(Random& random) {
   bank.fill(random, -most, most);
   fill_slots(random, slots, bank_rows);
   spoil_slots(random, slots, bank_rows);
-  for (int64_t t = 0; t < rows; ++t) scale[t] = static_cast<float>(random.uniform(-3, 3));
+  fill_scale(random, scale, slots, bank_rows);
 
   std::vector<uint32_t> expected;
   for (int64_t t = 0; t < rows; ++t) {
@@ -54,4 +54,4 @@ static void one(Random& random) {
   hidden.require_untouched_gaps("hidden");
 }
 
-int main(int argc, char** argv) { return run_emulated(argc, argv, 600, one); }
+int main(int argc, char** argv) { return run_emulated(argc, argv, 1000, one); }

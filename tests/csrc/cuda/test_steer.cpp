@@ -87,4 +87,4 @@ static void one(Random& random) {
   require(hidden.bytes() == before, "hidden depends on the order of threads or on the device");
 }
 
-int main(int argc, char** argv) { return run_emulated(argc, argv, 300, one); }
+int main(int argc, char** argv) { return run_emulated(argc, argv, 1000, one); }
