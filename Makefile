@@ -20,9 +20,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Idle threads of torch (OpenMP) sleep: spinning ones take the cores from each other on small machines.
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
+# Where nvcc is, the installation compiles for one kind of GPU; `make test-all` does for all. Pip's own build, without
+# this, does for all too.
+export PERSONAFAST_CUDA_ARCHS ?= 90a
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test test-triton test-all sanitize bench lint types format clean
+CONFIGURE = $(VENV)/bin/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPERSONAFAST_PYTHON=OFF
+
+.PHONY: help install demo examples test test-triton test-cuda test-all cuda-all sanitize bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,13 +50,18 @@ examples: $(STAMP) ## Run the seed paper's first three experiments; write docs/e
 	done
 	$(PY) examples/report.py
 
-test: $(STAMP) test-triton ## Run the tests that fit a small machine
+test: $(STAMP) test-triton test-cuda ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
 
 test-triton: $(STAMP) ## Run the Triton kernels in Triton's interpreter, without a GPU
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted -m "not slow"
 
-test-all: $(STAMP) sanitize ## Run every test, those that train the zoo's models and the sanitizers included
+test-cuda: $(VENV)/bin/ninja ## Run the CUDA kernels as plain C++, without a GPU and without nvcc
+	$(CONFIGURE) -B build/emulated -DPERSONAFAST_TESTS=ON -DPERSONAFAST_CUDA=OFF
+	$(VENV)/bin/cmake --build build/emulated --target emulated
+	$(VENV)/bin/ctest --test-dir build/emulated -R '^emulated_' --output-on-failure --no-tests=error
+
+test-all: $(STAMP) sanitize cuda-all ## Run every test, those that train the zoo's models and the sanitizers included
 	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted
 	$(PY) -m pytest --durations=10 $(ARGS)
@@ -64,10 +74,17 @@ $(VENV)/bin/ninja:
 sanitize: sanitize-address sanitize-thread ## Run the C++ tests of the kernels under the sanitizers: address and undefined, then thread
 
 sanitize-%: $(VENV)/bin/ninja
-	$(VENV)/bin/cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	  -DPERSONAFAST_SANITIZE=$* -DPERSONAFAST_TESTS=ON -DPERSONAFAST_PYTHON=OFF
+	$(CONFIGURE) -B build/sanitize-$* -DPERSONAFAST_SANITIZE=$* -DPERSONAFAST_TESTS=ON
 	$(VENV)/bin/cmake --build build/sanitize-$*
 	$(VENV)/bin/ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error -j $(shell getconf _NPROCESSORS_ONLN)
+
+cuda-all: $(VENV)/bin/ninja ## Compile the CUDA kernels for every GPU, where there is nvcc: one that spills is an error
+	if command -v $${CUDACXX:-nvcc} >/dev/null; then \
+	  $(CONFIGURE) -B build/cuda-all -DPERSONAFAST_CUDA=ON -DPERSONAFAST_CUDA_STRICT=ON && \
+	  $(VENV)/bin/cmake --build build/cuda-all --target personafast_cuda; \
+	else \
+	  echo 'no nvcc here: the CUDA kernels are not compiled'; \
+	fi
 
 bench: $(STAMP) ## Time every kernel and decoding beside named baselines; write docs/performance.md
 	$(PY) -m pytest benchmarks --benchmark-quiet --bench-results benchmarks/results $(ARGS)

@@ -9,6 +9,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# Options of CMakeLists.txt that the environment may set.
+CHOICES = ("PERSONAFAST_CUDA", "PERSONAFAST_CUDA_ARCHS")
 
 
 class CMakeExtension(Extension):
@@ -37,6 +39,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPERSONAFAST_VERSION={self.distribution.get_version()}",
+            *(f"-D{name}={os.environ[name]}" for name in CHOICES if os.environ.get(name)),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)

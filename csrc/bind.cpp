@@ -3,12 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
-#include "personafast/add_inject_rms_norm.h"
+#include "bind_args.h"
 #include "personafast/aggregate_logits.h"
 #include "personafast/attend.h"
 #include "personafast/chunk_scores.h"
 #include "personafast/elementary.h"
-#include "personafast/inject.h"
 #include "personafast/isa.h"
 #include "personafast/lora_delta.h"
 #include "personafast/mask_bits.h"
@@ -17,18 +16,27 @@
 #include "personafast/rms_norm.h"
 #include "personafast/silu_mul.h"
 #include "personafast/sparse_linear.h"
-#include "personafast/steer.h"
 #include "personafast/token_logprobs.h"
 #include "personafast/verify_draft.h"
 
 namespace py = pybind11;
+
+#ifdef PERSONAFAST_CUDA_ARCHS
+void bind_cuda(py::module_& module);
+#endif
+
 using namespace personafast;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// The kernel as a function of what `make` takes and the number of threads.
+template <class Args, class... P>
+auto on_cpu(Args (*make)(P...), int64_t (*kernel)(const Args&, int)) {
+  return [=](P... parameters, int threads) {
+    const Args args = make(parameters...);
+    py::gil_scoped_release released;
+    return kernel(args, threads);
+  };
 }
 
 int64_t aggregate_logits(uintptr_t out, uintptr_t ref, int64_t ref_stride, uintptr_t policies, int64_t policy_stride_n,
@@ -112,50 +120,6 @@ void expm1_each(uintptr_t x, uintptr_t out, int64_t count) { expm1_cpu(at<const 
 void log1p_each(uintptr_t x, uintptr_t out, int64_t count) { log1p_cpu(at<const float>(x), at<float>(out), count); }
 
 void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
-
-int64_t add_inject_rms_norm(uintptr_t normed, uintptr_t residual_out, uintptr_t update, int64_t update_stride,
-                            uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t bank, int64_t bank_stride,
-                            int bank_dtype, uintptr_t slots, uintptr_t scale, uintptr_t weight, int weight_dtype,
-                            float eps, int64_t rows, int64_t width, int64_t bank_rows, int threads) {
-  const AddInjectRmsNormArgs args = {at<void>(normed),
-                                     at<void>(residual_out),
-                                     at<const void>(update),
-                                     update_stride,
-                                     at<const void>(residual),
-                                     residual_stride,
-                                     static_cast<Dtype>(dtype),
-                                     at<const void>(bank),
-                                     bank_stride,
-                                     static_cast<Dtype>(bank_dtype),
-                                     at<const int32_t>(slots),
-                                     at<const float>(scale),
-                                     at<const void>(weight),
-                                     static_cast<Dtype>(weight_dtype),
-                                     eps,
-                                     rows,
-                                     width,
-                                     bank_rows};
-  py::gil_scoped_release released;
-  return add_inject_rms_norm_cpu(args, threads);
-}
-
-int64_t inject(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank, int64_t bank_stride,
-               int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows, int64_t width, int64_t bank_rows,
-               int threads) {
-  const InjectArgs args = {at<void>(hidden),
-                           hidden_stride,
-                           static_cast<Dtype>(hidden_dtype),
-                           at<const void>(bank),
-                           bank_stride,
-                           static_cast<Dtype>(bank_dtype),
-                           at<const int32_t>(slots),
-                           at<const float>(scale),
-                           rows,
-                           width,
-                           bank_rows};
-  py::gil_scoped_release released;
-  return inject_cpu(args, threads);
-}
 
 int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_stride, uintptr_t a, int64_t a_stride_m,
                    int64_t a_stride_r, uintptr_t b, int64_t b_stride_m, int64_t b_stride_o, int64_t b_stride_r,
@@ -279,26 +243,6 @@ int64_t token_logprobs(uintptr_t out, uintptr_t hidden, int64_t hidden_stride, u
   return token_logprobs_cpu(args, threads);
 }
 
-int64_t steer(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t directions,
-              int64_t directions_stride, int directions_dtype, uintptr_t slots, uintptr_t mode, uintptr_t params,
-              uintptr_t scale, int64_t rows, int64_t width, int64_t directions_rows, int threads) {
-  const SteerArgs args = {at<void>(hidden),
-                          hidden_stride,
-                          static_cast<Dtype>(hidden_dtype),
-                          at<const void>(directions),
-                          directions_stride,
-                          static_cast<Dtype>(directions_dtype),
-                          at<const int32_t>(slots),
-                          at<const int8_t>(mode),
-                          at<const float>(params),
-                          at<const float>(scale),
-                          rows,
-                          width,
-                          directions_rows};
-  py::gil_scoped_release released;
-  return steer_cpu(args, threads);
-}
-
 void pack_mask(uintptr_t from, int64_t from_stride, uintptr_t to, int64_t rows, int64_t columns, int threads) {
   py::gil_scoped_release released;
   pack_mask_cpu({at<const void>(from), from_stride, at<void>(to), rows, columns}, threads);
@@ -355,7 +299,11 @@ py::dict build_info() {
   info["isas_compiled"] = compiled;
   info["isas_supported"] = supported;
   info["isa"] = isa_name(isa_chosen());
+#ifdef PERSONAFAST_CUDA_ARCHS
+  info["cuda"] = py::str(PERSONAFAST_CUDA_ARCHS).attr("split")(",");
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 
@@ -364,8 +312,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "personafast's C++ kernels, by address: use personafast.ops";
   module.def("build_info", &build_info,
-             "Version, compiler, instruction sets compiled, supported here and chosen, and whether CUDA is in.");
-  module.def("add_inject_rms_norm", &add_inject_rms_norm, "personafast/add_inject_rms_norm.h");
+             "Version, compiler, instruction sets compiled, supported here and chosen, and the GPUs compiled for.");
+  module.def("add_inject_rms_norm", on_cpu(add_inject_rms_norm_args, add_inject_rms_norm_cpu),
+             "personafast/add_inject_rms_norm.h");
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");
   module.def("attend", &attend, "personafast/attend.h");
@@ -373,7 +322,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("chunk_scores", &chunk_scores, "personafast/chunk_scores.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("expm1", &expm1_each, "personafast/elementary.h");
-  module.def("inject_", &inject, "personafast/inject.h");
+  module.def("inject_", on_cpu(inject_args, inject_cpu), "personafast/inject.h");
   module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("log1p", &log1p_each, "personafast/elementary.h");
@@ -385,7 +334,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("silu_mul", &silu_mul, "personafast/silu_mul.h");
   module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
-  module.def("steer_", &steer, "personafast/steer.h");
+  module.def("steer_", on_cpu(steer_args, steer_cpu), "personafast/steer.h");
   module.def("unpack_mask", &unpack_mask, "personafast/mask_bits.h");
   module.def("verify_draft", &verify_draft, "personafast/verify_draft.h");
+#ifdef PERSONAFAST_CUDA_ARCHS
+  bind_cuda(module);
+#endif
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._library import (
     check_devices,
     check_dims,
@@ -91,13 +91,15 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     op = "add_inject_rms_norm"
     _validate(update, residual, bank, slots, scale, weight, eps)
-    backend = _backend.pick(op, update.device.type)
-    if backend == "cpu":
+    device = update.device
+    backend = _backend.pick(op, device.type)
+    if backend in ("cpu", "cuda"):
         kind = _KERNEL_DTYPES.get(update.dtype)
         if kind is None:
-            _backend.refuse(op, f"dtype {update.dtype}")
+            backend = _backend.instead(op, device.type, backend, f"dtype {update.dtype}")
         elif bank.stride(1) != 1:
-            _backend.refuse(op, "a bank whose rows are not adjacent in memory (stride(1) must be 1)")
+            why = "a bank whose rows are not adjacent in memory (stride(1) must be 1)"
+            backend = _backend.instead(op, device.type, backend, why)
         else:
             if update.stride(1) != 1:
                 update = update.contiguous()
@@ -109,7 +111,7 @@ def _run(
             weight = weight.contiguous()
             normed = torch.empty_like(update, memory_format=torch.contiguous_format)
             residual_out = torch.empty_like(normed)
-            wrong = _backend.module("cpu").add_inject_rms_norm(
+            args = (
                 normed.data_ptr(),
                 residual_out.data_ptr(),
                 update.data_ptr(),
@@ -128,12 +130,15 @@ def _run(
                 update.shape[0],
                 update.shape[1],
                 bank.shape[0],
-                torch.get_num_threads(),
             )
+            if backend == "cuda":
+                _cuda.launch("add_inject_rms_norm_cuda", update.get_device(), *args)
+                return normed, residual_out
+            wrong = _backend.module("cpu").add_inject_rms_norm(*args, torch.get_num_threads())
             if wrong >= 0:
                 check_slot_range(op, "slots", slots, bank.shape[0])
             return normed, residual_out
-    elif backend == "triton":
+    if backend == "triton":
         if update.dtype != torch.float64:
             fused: tuple[torch.Tensor, torch.Tensor] = _backend.module("triton").add_inject_rms_norm(
                 update, residual, bank, slots, scale, weight, eps
@@ -161,7 +166,7 @@ _op = register(
     " float eps) -> (Tensor, Tensor)",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
 )
 
 

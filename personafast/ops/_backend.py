@@ -36,7 +36,8 @@ _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _forced: str | None = None
 _environment_read = False
 _modules: dict[str, ModuleType | str] = {}
-_automatic: dict[tuple[str, str], str] = {}
+# (operator, device, backend passed over or "") -> the automatic choice
+_automatic: dict[tuple[str, str, str], str] = {}
 
 
 def _load(backend: str) -> ModuleType | str:
@@ -54,7 +55,9 @@ def _load(backend: str) -> ModuleType | str:
             built = {} if backend == "triton" else loaded.build_info()
             if backend == "cuda" and not built.get("cuda"):
                 raise ImportError("it was built without CUDA")
-            _modules[backend] = loaded
+            trouble = loaded.cuda_trouble() if backend == "cuda" else ""
+            # As of the device that is current: there may be none, or one that nothing was compiled for.
+            _modules[backend] = f"compiled for {', '.join(built['cuda'])}, but {trouble}" if trouble else loaded
         except RuntimeError as error:
             # An instruction set that was asked for by name: no automatic choice may pass over that either.
             raise BackendError(str(error)) from None
@@ -64,7 +67,7 @@ def _load(backend: str) -> ModuleType | str:
 
 
 def module(backend: str) -> ModuleType:
-    """The module that holds the kernels of `backend` ("cpu" or "triton"); BackendError when it is not there."""
+    """The module that holds the kernels of `backend`; BackendError when it is not there."""
     loaded = _load(backend)
     if isinstance(loaded, str):
         raise BackendError(f"backend {backend!r} cannot run: {loaded}")
@@ -139,11 +142,7 @@ def pick(op: str, device: str, size: int = 0) -> str:
     """
     name = _forced if _environment_read else forced()
     if name is None:
-        choice = _automatic.get((op, device))
-        if choice is None:
-            choice = _automatic.setdefault((op, device), _choose(op, device)[0])
-        limit = LIMITS.get((op, choice))
-        return choice if limit is None or size <= limit.most else "torch"
+        return _pick_automatically(op, device, size)
     if name == "reference":
         return name
     kernels = KERNELS[op]
@@ -167,15 +166,40 @@ def refuse(op: str, why: str) -> None:
         raise BackendError(f"{op}: backend {name!r} cannot take {why}: choose 'reference' or 'auto'")
 
 
-def _choose(op: str, device: str) -> tuple[str, str]:
+def instead(op: str, device: str, backend: str, why: str, size: int = 0) -> str:
+    """What `pick` says for a call that the kernel of `backend`, which it chose, cannot take because of `why`.
+
+    Raises BackendError if that backend was asked for by name.
+    """
+    refuse(op, why)
+    return _pick_automatically(op, device, size, backend)
+
+
+def _pick_automatically(op: str, device: str, size: int, passed_over: str = "") -> str:
+    key = op, device, passed_over
+    choice = _automatic.get(key)
+    if choice is None:
+        choice = _automatic.setdefault(key, _choose(op, device, passed_over)[0])
+    limit = LIMITS.get((op, choice))
+    if limit is None or size <= limit.most:
+        return choice
+    return _pick_automatically(op, device, size, choice)
+
+
+def _choose(op: str, device: str, passed_over: str = "") -> tuple[str, str]:
+    """The best backend that is there, of those that come after the one passed over, and why."""
     kernels = [name for name in _PREFERRED.get(device, _PREFERRED["cuda"]) if name in KERNELS[op]]
+    if passed_over:
+        kernels = kernels[kernels.index(passed_over) + 1 :]
     if not kernels:
         return "torch", f"vectorised torch: no kernel for {device} tensors"
     for name in kernels:
         ready, why = available(name)
         if ready:
             limit = LIMITS.get((op, name))
-            return name, why if limit is None else f"{why}; above {limit.most} {limit.unit}, torch"
+            if limit is not None:
+                why = f"{why}; above {limit.most} {limit.unit}, {_choose(op, device, name)[0]}"
+            return name, why
     return "torch", f"vectorised torch: {why}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._library import (
     check_devices,
     check_dims,
@@ -54,18 +54,20 @@ def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, sca
 def _run(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
     _validate(hidden, bank, slots, scale)
     check_rows_apart("inject_", "hidden", hidden)
-    backend = _backend.pick("inject_", hidden.device.type)
-    if backend == "cpu":
+    device = hidden.device
+    backend = _backend.pick("inject_", device.type)
+    if backend in ("cpu", "cuda"):
         kind = _KERNEL_DTYPES.get(hidden.dtype)
         if kind is None:
-            _backend.refuse("inject_", f"dtype {hidden.dtype}")
+            backend = _backend.instead("inject_", device.type, backend, f"dtype {hidden.dtype}")
         elif hidden.stride(1) != 1 or bank.stride(1) != 1:
-            _backend.refuse("inject_", "rows whose elements are not adjacent (stride(1) must be 1)")
+            why = "rows whose elements are not adjacent (stride(1) must be 1)"
+            backend = _backend.instead("inject_", device.type, backend, why)
         else:
             slots = slots.contiguous()
             if scale is not None:
                 scale = scale.contiguous()
-            wrong = _backend.module("cpu").inject_(
+            args = (
                 hidden.data_ptr(),
                 hidden.stride(0),
                 kind,
@@ -77,12 +79,15 @@ def _run(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: t
                 hidden.shape[0],
                 hidden.shape[1],
                 bank.shape[0],
-                torch.get_num_threads(),
             )
+            if backend == "cuda":
+                _cuda.launch("inject_cuda", hidden.get_device(), *args)
+                return
+            wrong = _backend.module("cpu").inject_(*args, torch.get_num_threads())
             if wrong >= 0:
                 check_slot_range("inject_", "slots", slots, bank.shape[0])
             return
-    elif backend == "triton":
+    if backend == "triton":
         if hidden.dtype != torch.float64:
             _backend.module("triton").inject_(hidden, bank, slots, scale)
             return
@@ -98,7 +103,7 @@ _op = register(
     "inject_(Tensor(a!) hidden, Tensor bank, Tensor slots, Tensor? scale=None) -> ()",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
 )
 
 

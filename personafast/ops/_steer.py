@@ -6,7 +6,7 @@ import enum
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._library import (
     check_devices,
     check_dims,
@@ -126,20 +126,22 @@ def _run(
 ) -> None:
     _validate(hidden, directions, slots, mode, params, scale)
     check_rows_apart("steer_", "hidden", hidden)
-    backend = _backend.pick("steer_", hidden.device.type)
-    if backend == "cpu":
+    device = hidden.device
+    backend = _backend.pick("steer_", device.type)
+    if backend in ("cpu", "cuda"):
         kind = _KERNEL_DTYPES.get(hidden.dtype)
         if kind is None:
-            _backend.refuse("steer_", f"dtype {hidden.dtype}")
+            backend = _backend.instead("steer_", device.type, backend, f"dtype {hidden.dtype}")
         elif hidden.stride(1) != 1 or directions.stride(1) != 1:
-            _backend.refuse("steer_", "rows whose elements are not adjacent (stride(1) must be 1)")
+            why = "rows whose elements are not adjacent (stride(1) must be 1)"
+            backend = _backend.instead("steer_", device.type, backend, why)
         else:
             slots = slots.contiguous()
             mode = mode.contiguous()
             params = params.contiguous()
             if scale is not None:
                 scale = scale.contiguous()
-            wrong = _backend.module("cpu").steer_(
+            args = (
                 hidden.data_ptr(),
                 hidden.stride(0),
                 kind,
@@ -153,13 +155,16 @@ def _run(
                 hidden.shape[0],
                 hidden.shape[1],
                 directions.shape[0],
-                torch.get_num_threads(),
             )
+            if backend == "cuda":
+                _cuda.launch("steer_cuda", hidden.get_device(), *args)
+                return
+            wrong = _backend.module("cpu").steer_(*args, torch.get_num_threads())
             if wrong >= 0:
                 check_slot_range("steer_", "slots", slots, directions.shape[0])
                 _check_modes(slots, mode)
             return
-    elif backend == "triton":
+    if backend == "triton":
         if hidden.dtype != torch.float64:
             _backend.module("triton").steer_(hidden, directions, slots, mode, params, scale)
             return
@@ -184,7 +189,7 @@ _op = register(
     "steer_(Tensor(a!) hidden, Tensor directions, Tensor slots, Tensor modes, Tensor params, Tensor? scale=None) -> ()",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
 )
 
 

@@ -104,10 +104,30 @@ def test_an_unknown_instruction_set_is_an_error_for_the_automatic_choice_too():
     assert result.stdout.strip() == "PERSONAFAST_CPU_ISA=sse9: choose scalar, avx2 or avx512", result.stderr
 
 
-def test_a_build_without_cuda_says_so():
-    pytest.importorskip("personafast._C")
-    with pytest.raises(BackendError, match="backend 'cuda' cannot run: .*it was built without CUDA"):
+class Core:
+    """Stands in for a `personafast._C` that was built with CUDA or without."""
+
+    __name__ = "personafast._C"
+
+    def __init__(self, targets, trouble=""):
+        self.build_info = lambda: {"cuda": targets}
+        self.cuda_trouble = lambda: trouble
+
+
+@pytest.mark.parametrize(
+    "core, message",
+    [
+        (Core(False), "personafast._C cannot be imported .it was built without CUDA.; build it with .*nvcc"),
+        (Core(["90a"], "no kernel image is available"), "compiled for 90a, but no kernel image is available"),
+    ],
+)
+def test_a_core_whose_cuda_kernels_do_not_run_here_says_why_and_is_passed_over(monkeypatch, core, message):
+    monkeypatch.setattr(_backend.importlib, "import_module", lambda name: core)
+    monkeypatch.setattr(_backend, "_automatic", {})
+    monkeypatch.setattr(_backend, "_modules", {"triton": _backend})
+    with pytest.raises(BackendError, match=f"backend 'cuda' cannot run: {message}"):
         ops.use_backend("cuda")
+    assert _backend.pick("inject_", "cuda") == "triton"
 
 
 def test_a_kernel_is_chosen_up_to_its_limit_and_named_takes_any_size(monkeypatch):
@@ -119,11 +139,35 @@ def test_a_kernel_is_chosen_up_to_its_limit_and_named_takes_any_size(monkeypatch
         assert _backend.pick("inject_", "cpu", 9) == "cpu"
 
 
-def test_a_gpu_takes_cuda_before_triton(monkeypatch):
+@pytest.fixture
+def gpu_kernels(monkeypatch):
+    """As if both kinds of GPU kernels were there for `inject_`."""
     monkeypatch.setattr(_backend, "_automatic", {})
     monkeypatch.setattr(_backend, "_modules", {"cuda": _backend, "triton": _backend})
     monkeypatch.setitem(_backend.KERNELS, "inject_", ("cpu", "triton", "cuda"))
+
+
+def test_a_gpu_takes_cuda_before_triton(monkeypatch, gpu_kernels):
     assert _backend.pick("inject_", "cuda") == "cuda"
     monkeypatch.setattr(_backend, "_automatic", {})
     monkeypatch.setitem(_backend._modules, "cuda", "not there")
     assert _backend.pick("inject_", "cuda") == "triton"
+
+
+def test_a_call_too_large_for_cuda_goes_to_triton_and_then_to_torch(monkeypatch, gpu_kernels):
+    monkeypatch.setitem(_backend.LIMITS, ("inject_", "cuda"), _backend.Limit(16))
+    assert [_backend.pick("inject_", "cuda", rows) for rows in (16, 17)] == ["cuda", "triton"]
+    assert ops.chosen("inject_", "cuda")[1].endswith("above 16 rows, triton")
+    monkeypatch.setitem(_backend.LIMITS, ("inject_", "triton"), _backend.Limit(64))
+    assert [_backend.pick("inject_", "cuda", rows) for rows in (16, 64, 65)] == ["cuda", "triton", "torch"]
+    with ops.use_backend("cuda"):
+        assert _backend.pick("inject_", "cuda", 65) == "cuda"
+
+
+def test_a_call_that_cuda_cannot_take_goes_to_triton_unless_cuda_was_asked_for(monkeypatch, gpu_kernels):
+    assert _backend.instead("inject_", "cuda", "cuda", "dtype torch.float64") == "triton"
+    assert _backend.instead("inject_", "cuda", "triton", "dtype torch.float64") == "torch"
+    monkeypatch.setitem(_backend.LIMITS, ("inject_", "triton"), _backend.Limit(64))
+    assert _backend.instead("inject_", "cuda", "cuda", "dtype torch.float64", 65) == "torch"
+    with ops.use_backend("cuda"), pytest.raises(BackendError, match="'cuda' cannot take dtype torch.float64: choose"):
+        _backend.instead("inject_", "cuda", "cuda", "dtype torch.float64")

@@ -33,4 +33,7 @@ struct AddInjectRmsNormArgs {
 // Returns -1, or the first row whose slot is outside [-1, bank_rows); then nothing has been written.
 int64_t add_inject_rms_norm_cpu(const AddInjectRmsNormArgs& args, int threads);
 
+// See personafast/cuda.h.
+int add_inject_rms_norm_cuda(const AddInjectRmsNormArgs& args, void* stream);
+
 }  // namespace personafast

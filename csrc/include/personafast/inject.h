@@ -24,4 +24,7 @@ struct InjectArgs {
 // Returns -1, or the first row whose slot is outside [-1, bank_rows); then nothing has been written.
 int64_t inject_cpu(const InjectArgs& args, int threads);
 
+// See personafast/cuda.h.
+int inject_cuda(const InjectArgs& args, void* stream);
+
 }  // namespace personafast

@@ -38,4 +38,7 @@ struct SteerArgs {
 // mode; then nothing has been written.
 int64_t steer_cpu(const SteerArgs& args, int threads);
 
+// See personafast/cuda.h.
+int steer_cuda(const SteerArgs& args, void* stream);
+
 }  // namespace personafast

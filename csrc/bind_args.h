@@ -1,0 +1,78 @@
+#pragma once
+
+// Addresses and sizes as Python hands them over, made into the arguments of kernels that run on a CPU and on a GPU.
+
+#include <stdint.h>
+
+#include "personafast/add_inject_rms_norm.h"
+#include "personafast/inject.h"
+#include "personafast/steer.h"
+
+namespace personafast {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline AddInjectRmsNormArgs add_inject_rms_norm_args(uintptr_t normed, uintptr_t residual_out, uintptr_t update,
+                                                     int64_t update_stride, uintptr_t residual, int64_t residual_stride,
+                                                     int dtype, uintptr_t bank, int64_t bank_stride, int bank_dtype,
+                                                     uintptr_t slots, uintptr_t scale, uintptr_t weight,
+                                                     int weight_dtype, float eps, int64_t rows, int64_t width,
+                                                     int64_t bank_rows) {
+  return {at<void>(normed),
+          at<void>(residual_out),
+          at<const void>(update),
+          update_stride,
+          at<const void>(residual),
+          residual_stride,
+          static_cast<Dtype>(dtype),
+          at<const void>(bank),
+          bank_stride,
+          static_cast<Dtype>(bank_dtype),
+          at<const int32_t>(slots),
+          at<const float>(scale),
+          at<const void>(weight),
+          static_cast<Dtype>(weight_dtype),
+          eps,
+          rows,
+          width,
+          bank_rows};
+}
+
+inline InjectArgs inject_args(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank,
+                              int64_t bank_stride, int bank_dtype, uintptr_t slots, uintptr_t scale, int64_t rows,
+                              int64_t width, int64_t bank_rows) {
+  return {at<void>(hidden),
+          hidden_stride,
+          static_cast<Dtype>(hidden_dtype),
+          at<const void>(bank),
+          bank_stride,
+          static_cast<Dtype>(bank_dtype),
+          at<const int32_t>(slots),
+          at<const float>(scale),
+          rows,
+          width,
+          bank_rows};
+}
+
+inline SteerArgs steer_args(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t directions,
+                            int64_t directions_stride, int directions_dtype, uintptr_t slots, uintptr_t mode,
+                            uintptr_t params, uintptr_t scale, int64_t rows, int64_t width, int64_t directions_rows) {
+  return {at<void>(hidden),
+          hidden_stride,
+          static_cast<Dtype>(hidden_dtype),
+          at<const void>(directions),
+          directions_stride,
+          static_cast<Dtype>(directions_dtype),
+          at<const int32_t>(slots),
+          at<const int8_t>(mode),
+          at<const float>(params),
+          at<const float>(scale),
+          rows,
+          width,
+          directions_rows};
+}
+
+}  // namespace personafast

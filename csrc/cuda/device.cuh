@@ -1,0 +1,123 @@
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+// What kernels use of a GPU beyond CUDA's own names: one place for inline assembly and cache hints. The same sources
+// are compiled as plain C++ where CUDA is emulated (tests/csrc/cuda), which gives these functions another body.
+//
+// Contraction is off: only fmaf() fuses a product and a sum. No header of CUDA's number types is used: they cost every
+// unit and every target seconds, and 16-bit numbers are bit patterns here.
+
+#ifdef __CUDACC__
+
+// Arrays in shared memory: of a size known now, or of the size that the launch gives.
+#define PERSONAFAST_SHARED(type, name, count) __shared__ type name[count]
+#define PERSONAFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace personafast::cuda {
+
+// Memory that the kernel may write.
+__device__ __forceinline__ uint4 load16(const void* at) { return *static_cast<const uint4*>(at); }
+
+// Memory that nobody writes while the kernel runs.
+__device__ __forceinline__ uint4 load16_read_only(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
+
+// The same, read once a kernel: it takes no place in L1.
+__device__ __forceinline__ uint4 load16_read_once(const void* at) {
+  uint4 words;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+      : "l"(at));
+  return words;
+}
+
+__device__ __forceinline__ void store16(void* at, uint4 words) { *static_cast<uint4*>(at) = words; }
+
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ float bf16_to_float(uint32_t low_bits) { return __uint_as_float(low_bits << 16); }
+
+__device__ __forceinline__ float f16_to_float(uint32_t low_bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(low_bits)));
+  return value;
+}
+
+// Two numbers to the nearest, ties to even; `low` becomes the lower half.
+__device__ __forceinline__ uint32_t floats_to_bf16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t floats_to_f16x2(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// 16 bytes to shared memory that arrive behind the kernel's back; both addresses are multiples of 16.
+__device__ __forceinline__ void copy16_async(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+
+// Closes a group of copies; waits until all of this thread's groups but the last `Pending` have arrived.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// The warp's d[16, 8] += a[16, 16] b[16, 8] of bf16 or f16 numbers, summed in fp32. With g = lane / 4 and c = lane % 4,
+// a lane has of a the pairs from [g, 2c], [g + 8, 2c], [g, 2c + 8] and [g + 8, 2c + 8] on, of b the columns' pairs from
+// [2c, g] and [2c + 8, g] on, and of d the numbers [g, 2c], [g, 2c + 1], [g + 8, 2c] and [g + 8, 2c + 1].
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Puts kernel(args) into the stream. 0, or the cudaError_t, of which no later call hears.
+template <class Args>
+int launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args& args) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  void* parameters[] = {const_cast<Args*>(&args)};
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(function, grid, block, parameters, shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
+}
+
+}  // namespace personafast::cuda
+
+#else
+#include "emulator.h"
+#endif
+
+namespace personafast::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// Multiprocessors of the current device; where that cannot be asked, those of an H100.
+int multiprocessors();
+
+}  // namespace personafast::cuda

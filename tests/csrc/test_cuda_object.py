@@ -1,0 +1,84 @@
+"""What nvcc made of the CUDA kernels: for which GPUs, without registers in memory, in accesses of 16 bytes."""
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+core = pytest.importorskip("personafast._C")
+TARGETS = core.build_info()["cuda"]
+if not TARGETS:
+    pytest.skip("built without CUDA", allow_module_level=True)
+
+
+@functools.cache
+def cuobjdump(*options):
+    """Triton's wheel brings cuobjdump along, which not every toolkit does."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.is_file():
+        pytest.skip("this Triton has no cuobjdump")
+    return subprocess.run([tool, *options, core.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def kernels():
+    """The instructions of every kernel, by mangled name, for the first GPU compiled for."""
+    found = {}
+    for part in re.split(r"\n\s+Function : ", cuobjdump("-sass", "-arch", f"sm_{TARGETS[0]}"))[1:]:
+        name, _, body = part.partition("\n")
+        found[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", body)
+    return found
+
+
+def named(*parts):
+    matching = {name: code for name, code in kernels().items() if all(part in name for part in parts)}
+    assert matching, parts
+    return matching
+
+
+def count(code, pattern):
+    return sum(bool(re.search(pattern, line)) for line in code)
+
+
+def test_compiled_for_the_gpus_it_says():
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", cuobjdump("-lelf"))) == set(TARGETS)
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", cuobjdump("-lptx"))) == {TARGETS[-1]}
+
+
+def test_the_runtime_stays_inside():
+    """Torch brings a CUDA runtime of its own, and neither may be given the other's functions."""
+    symbols = subprocess.run(["nm", "-D", core.__file__], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"\b_?_?(cuda|cu)[A-Z]\w*", symbols)
+    assert re.findall(r" T (\w+)", symbols) == ["PyInit__C"]
+    needed = subprocess.run(["objdump", "-p", core.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in needed
+
+
+def test_no_kernel_keeps_registers_in_memory():
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump("-res-usage"))
+    assert len(usage) >= len(TARGETS)
+    assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
+
+
+@pytest.mark.parametrize("kernel", ["inject_kernel", "steer_kernel", "add_inject_rms_norm_kernel"])
+def test_rows_that_allow_it_move_16_bytes_at_a_time(kernel):
+    # Kernels of N elements a thread's access are named by the dtypes and then N: 4 of fp32, 8 of 16 bit, or 1.
+    wide = {name: code for name, code in named(kernel).items() if re.search(r"E\d+(ELS\d_\d)+ELi[48]E", name)}
+    assert len(wide) >= 10
+    for name, code in wide.items():
+        assert count(code, r"LDG\.E\.128") >= 2 and count(code, r"STG\.E\.128"), name
+        # What else is read are slots, scales and parameters.
+        assert count(code, r"LDG\.E(?!\.128)") <= 6 and not count(code, r"STG\.E(?!\.128)"), name
+
+
+@pytest.mark.parametrize(
+    "kernel", ["inject_kernelILNS_5DtypeE1ELS2_1ELi8ELi1ELb1", "steer_kernelILNS_5DtypeE1ELS2_1ELi8ELNS0_5ReadsE0"]
+)
+def test_hidden_is_asked_for_before_the_slot_has_come(kernel):
+    (code,) = named(kernel).values()
+    loads = [line for line in code if re.search(r"LDG|EXIT|BRA", line)]
+    first = next(i for i, line in enumerate(loads) if re.search(r"LDG\.E\.128 ", line))
+    assert not any(re.search(r"EXIT|BRA|CONSTANT", line) for line in loads[:first]), loads

@@ -1,0 +1,132 @@
+"""What of the CUDA C++ path runs without a GPU: the choice, the arguments in the order of the headers, and errors.
+
+Stands in for the core: its launchers run the C++ kernel of the CPU, which takes the same arguments up to the last.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from personafast import ops
+from personafast.errors import BackendError, KernelError
+from personafast.ops import _backend, _cuda
+
+core = pytest.importorskip("personafast._C")
+
+STREAM = 0x5EED
+LAUNCHERS = {"inject_cuda": "inject_", "steer_cuda": "steer_", "add_inject_rms_norm_cuda": "add_inject_rms_norm"}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The launches made, with CPU tensors taken for a GPU's."""
+    made = []
+
+    def launcher(name):
+        def run(*args):
+            made.append((name, args[-1]))
+            getattr(core, LAUNCHERS[name])(*args[:-1], 1)
+
+        return run
+
+    stand_in = SimpleNamespace(__name__="stand-in", **{name: launcher(name) for name in LAUNCHERS})
+    monkeypatch.setattr(_backend, "_automatic", {})
+    monkeypatch.setattr(_backend, "_modules", {"cuda": stand_in, "triton": "not there"})
+    monkeypatch.setitem(_backend._PREFERRED, "cpu", _backend._PREFERRED["cuda"])
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # where CPU tensors say they are
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
+    return made
+
+
+def rows(dtype, count, width, stride=None):
+    return torch.randn(count, stride or width).to(dtype)[:, :width]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+SLOTS = torch.tensor([0, 2, -1, 1, 9, 9, 9, 9], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("bank_dtype", [None, torch.float32])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_inject(calls, dtype, bank_dtype, scaled):
+    hidden, bank = rows(dtype, 4, 20, 32), rows(bank_dtype or dtype, 3, 20, 24)
+    slots = SLOTS[:4] if scaled else torch.stack([SLOTS[:4], SLOTS[4:]], 1)[:, 0]
+    scale = torch.randn(4, 2)[:, 0] if scaled else None
+    expected = hidden.clone()
+    ops._inject.reference(expected, bank, slots, scale)
+    ops.inject_(hidden, bank, slots, scale)
+    assert torch.equal(hidden, expected)
+    assert calls == [("inject_cuda", STREAM - 1)]
+
+
+def test_steer(calls, dtype):
+    hidden, directions = rows(dtype, 4, 20, 32), rows(torch.float32, 3, 20, 24)
+    mode = torch.tensor([[0, 9], [1, 9], [3, 9]], dtype=torch.int8)[:, 0]
+    params = torch.tensor([[1.0, -0.5, 2.0], [9.0, 0.5, 9.0]]).t()
+    expected = hidden.clone()
+    ops._steer.reference(expected, directions, SLOTS[:4], mode, params, torch.ones(4))
+    ops.steer_(hidden, directions, SLOTS[:4], mode, params, torch.ones(4))
+    torch.testing.assert_close(hidden, expected)
+    assert calls == [("steer_cuda", STREAM - 1)]
+
+
+def test_add_inject_rms_norm(calls, dtype):
+    update, residual = rows(dtype, 20, 4).t(), rows(dtype, 4, 20, 24)
+    bank, weight = rows(torch.float32, 3, 20, 32), torch.randn(20).to(dtype)
+    args = update, residual, bank, SLOTS[:4], torch.randn(4), weight, 1e-5
+    for made, expected in zip(ops.add_inject_rms_norm(*args), ops._add_inject_rms_norm.reference(*args), strict=True):
+        torch.testing.assert_close(made, expected)
+    assert calls == [("add_inject_rms_norm_cuda", STREAM - 1)]
+
+
+@pytest.mark.parametrize(
+    "hidden", [torch.ones(2, 3, dtype=torch.float64), torch.ones(3, 2).t()], ids=["dtype", "layout"]
+)
+def test_what_a_kernel_cannot_take_falls_back_unless_cuda_was_asked_for(calls, monkeypatch, hidden):
+    bank = torch.ones(1, 3, dtype=hidden.dtype)
+    slots = torch.zeros(2, dtype=torch.int32)
+    hidden = hidden.clone(memory_format=torch.preserve_format)
+    ops.inject_(hidden, bank, slots)
+    assert calls == [] and (hidden == 2).all()
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match="inject_: backend 'cuda' cannot take (dtype torch.float64|rows whose)"):
+        ops.inject_(hidden, bank, slots)
+
+
+def test_the_device_of_the_tensors_is_made_current(calls, monkeypatch):
+    current = [0]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setitem(_backend._modules, "cuda", SimpleNamespace(f=lambda *args: calls.append((*args, current[-1]))))
+    _cuda.launch("f", 1, 7)
+    _cuda.launch("f", 0, 8)
+    assert calls == [(7, STREAM + 1, 1), (8, STREAM, 0)]
+
+
+@pytest.mark.skipif(not core.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches at address 0, which only a missing driver forgives")
+def test_a_launch_that_fails_raises_a_kernel_error_and_leaves_no_trace():
+    assert core.cuda_trouble()
+    nothing = [0] * 8
+    core.inject_cuda(*nothing, 0, 8, 1, 0)  # no rows: no launch
+    for _ in range(2):
+        with pytest.raises(KernelError, match=r"^inject_kernel: launch failed on cuda:-1: CUDA .*"):
+            core.inject_cuda(*nothing, 1, 8, 1, 0)
