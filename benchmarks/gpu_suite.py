@@ -65,6 +65,7 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
     from benchmarks.gpu.device import Cuda, Device, Rehearsal, folder_name
     from personafast import ops
     from personafast._io import read_json, write_json
+    from personafast.errors import BackendError, KernelError
 
     began = time.monotonic()
     device: Device = Rehearsal() if options.rehearse else Cuda()
@@ -94,34 +95,36 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_suite", *restart])
 
-    # By name, so that a kernel that cannot take a case is an error and not torch's form under our name.
-    with ops.use_backend("triton" if options.part == "kernels" else None):
-        for number, (about, job) in enumerate(jobs):
-            if _key(about) in done:
-                continue
-            left = 60 * options.minutes - (time.monotonic() - began)
-            if left <= 0:
-                add({**about, "skipped": f"no time was left of {options.minutes:g} minutes"})
-                continue
+    for number, (about, job) in enumerate(jobs):
+        if _key(about) in done:
+            continue
+        left = 60 * options.minutes - (time.monotonic() - began)
+        if left <= 0:
+            add({**about, "skipped": f"no time was left of {options.minutes:g} minutes"})
+            continue
 
-            patience = HANG_SECONDS_OF_MODELS if options.part == "decode" else HANG_SECONDS
+        patience = HANG_SECONDS_OF_MODELS if options.part == "decode" else HANG_SECONDS
 
-            def give_up(about: dict[str, Any] = about, patience: float = patience) -> None:
-                add({**about, "failed": f"no answer within {patience:g} s"})
-                go_on_in_a_new_process()
+        def give_up(about: dict[str, Any] = about, patience: float = patience) -> None:
+            add({**about, "failed": f"no answer within {patience:g} s"})
+            go_on_in_a_new_process()
 
-            watch = threading.Timer(patience, give_up)
-            watch.daemon = True
-            watch.start()
-            try:
+        watch = threading.Timer(patience, give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            # By name, so that a kernel that cannot take a case is not torch's form under our name.
+            with ops.use_backend(about.get("backend")):
                 record = {**about, **job(left / (len(jobs) - number))}
-            except Exception as error:
-                record = {**about, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-            finally:
-                watch.cancel()
-            add(record)
-            if "failed" in record and device.lost():
-                go_on_in_a_new_process()
+        except Exception as error:
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            refused = isinstance(error, BackendError) and not isinstance(error, KernelError)
+            record = {**about, "skipped" if refused else "failed": line}
+        finally:
+            watch.cancel()
+        add(record)
+        if "failed" in record and device.lost():
+            go_on_in_a_new_process()
     return report
 
 
@@ -157,14 +160,27 @@ def _jobs(options: argparse.Namespace, device: Any, report: dict[str, Any]) -> l
     jobs: list[Job] = []
     if not options.checks_only:
         jobs += [
-            ({"name": case.name, "operator": case.operator}, timed(case)) for case in wanted(tiny=device.rehearsal)
+            ({"name": case.name, "operator": case.operator, "backend": backend}, timed(case))
+            for case in wanted(tiny=device.rehearsal)
+            for backend in _backends(case.operator)
         ]
     for dtype in (torch.float32,) if device.rehearsal else (torch.float32, torch.float16, torch.bfloat16):
-        about = {"dtype": str(dtype).removeprefix("torch.")}
+        kind = str(dtype).removeprefix("torch.")
         jobs += [
-            ({"name": case.name, "operator": case.operator, **about}, looked_at(case, dtype)) for case in wanted(True)
+            ({"name": case.name, "operator": case.operator, "backend": backend, "dtype": kind}, looked_at(case, dtype))
+            for case in wanted(True)
+            for backend in _backends(case.operator)
         ]
     return jobs
+
+
+def _backends(operator: str) -> list[str]:
+    """What can run an operator here: Triton, and CUDA C++ where it is built and has a kernel."""
+    from personafast import ops
+    from personafast.ops import _backend
+
+    own = _backend.KERNELS.get(operator, ())
+    return ["triton", *(["cuda"] if "cuda" in own and ops.available("cuda")[0] else [])]
 
 
 def _decoding(options: argparse.Namespace, device: Any) -> list[Job]:
@@ -177,8 +193,9 @@ def _decoding(options: argparse.Namespace, device: Any) -> list[Job]:
     return [(about, job) for about, job in jobs if not options.only or options.only in about["name"]]
 
 
-def _key(record: dict[str, Any]) -> tuple[str, str]:
-    return record["name"], record.get("dtype", "")
+def _key(record: dict[str, Any]) -> tuple[str, str, str]:
+    backend = record.get("backend", "")
+    return record["name"], "" if backend == "triton" else backend, record.get("dtype", "")
 
 
 def _head(device: Any, options: argparse.Namespace) -> dict[str, Any]:

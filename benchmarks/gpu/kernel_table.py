@@ -38,7 +38,7 @@ def rows(specimen: Specimen) -> Iterator[tuple[str, ...]]:
 
 def _each(same: Sequence[Launch], what: str, unit: int) -> str:
     """One value where all GPUs have the same, else one for each."""
-    values = [f"{getattr(launch, what) / unit:g}" for launch in same]
+    values = [f"{getattr(launch, what) / unit:.3g}" for launch in same]
     return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 

@@ -100,7 +100,15 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if "ours" not in case:
         return
     kernels = "" if case["kernels_a_call"] is None else str(case["kernels_a_call"])
-    yield (f"`{case['name']}`", "**ours**", *_cells(case["ours"]), "", "", kernels, f"{case['host_us_a_call']:.1f} us")
+    yield (
+        f"`{case['name']}`",
+        f"**ours** ({case['backend']})",
+        *_cells(case["ours"]),
+        "",
+        "",
+        kernels,
+        f"{case['host_us_a_call']:.1f} us",
+    )
     for name, entry in case["baselines"].items():
         if "absent" in entry:
             yield ("", name, "absent", "", "", "", "", "", "")

@@ -19,7 +19,7 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             continue
         ours = case["ours"]
         yield (
-            f"{case['name']}: {ours['microseconds']['median']:.2f} us, {ours['gb_s']:.0f} GB/s = "
+            f"{case['name']} ({case['backend']}): {ours['microseconds']['median']:.2f} us, {ours['gb_s']:.0f} GB/s = "
             f"{100 * ours['share_of_copy_bandwidth']:.0f} % of copy, {case['kernels_a_call']} kernels, "
             f"host {case['host_us_a_call']:.1f} us"
         )

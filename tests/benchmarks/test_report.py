@@ -174,6 +174,7 @@ def gpu():
         "cases": [
             {
                 "name": "inject_-1",
+                "backend": "triton",
                 "kernels_a_call": 1,
                 "host_us_a_call": 12.3,
                 "copy_share_goal": 0.85,
@@ -197,7 +198,7 @@ def test_gpus_have_their_own_section_with_what_was_missed():
     assert "No GPU figure" not in text
     assert "## NVIDIA X" in text and "sm_90" in text and "4300 GB/s" in text
     assert "- inject_-1: 70 % of copy bandwidth, goal 85 %" in text
-    assert "| `inject_-1` | **ours** | 2.50 us | 3000 | 70 % |  |  | 1 | 12.3 us |" in text
+    assert "| `inject_-1` | **ours** (triton) | 2.50 us | 3000 | 70 % |  |  | 1 | 12.3 us |" in text
     assert "|  | torch | 2.50 us | 3000 | 70 % | 3.00x [2.90, 3.10] | 2.00x met |  |  |" in text
     assert "|  | Liger | absent |" in text
     assert "- `steer_-1`: FAILED: KernelError: illegal address" in text

@@ -21,7 +21,6 @@ from benchmarks.gpu.case import meta
 from benchmarks.gpu.offline import GPUS, launches, pretending
 from personafast.errors import BackendError, KernelError
 
-
 # What eight rows of 256 bf16 columns are launched with.
 CONFIG = inject_config(256, 2, True)
 

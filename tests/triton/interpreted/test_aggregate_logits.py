@@ -3,9 +3,9 @@ from unittest import mock
 
 import pytest
 import torch
+from personafast._triton import aggregate_logits as launcher
 
 from personafast import ops
-from personafast._triton import aggregate_logits as launcher
 from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _aggregate_logits
 

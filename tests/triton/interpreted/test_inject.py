@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
-
-from personafast import ops
 from personafast._triton import launch
 from personafast._triton.inject import inject_config
+
+from personafast import ops
 from personafast.errors import BackendError
 from personafast.ops import _inject
 

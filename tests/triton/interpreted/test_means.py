@@ -5,8 +5,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from personafast._triton import elementary, means
+
 from personafast.ops import Aggregator, _means
 
 INF = math.inf

@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-
-from personafast import ops
 from personafast._triton import token_logprobs as launcher
 from personafast._triton.token_logprobs import token_logprobs_config
+
+from personafast import ops
 from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _token_logprobs
 

@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 from helpers.table import p_value
-
-from personafast import _triton, ops
 from personafast._triton import launch
 from personafast._triton.verify_draft import _first_above, verify_draft_config
+
+from personafast import _triton, ops
 from personafast.errors import BackendError, PersonafastError
 from personafast.ops import _verify_draft
 
