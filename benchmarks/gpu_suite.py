@@ -5,6 +5,9 @@ CUDA events over replays of a graph, with buffers that rotate through more than 
 JSON file holds everything. It is written after each case, and a kernel that takes the device down with it, or never
 returns, costs its own case only: a new process goes on with the next.
 
+`--part decode` decodes whole models with captured passes beside transformers' own ways, after checking that replays
+write what calls write; `--part sanitize` runs the small cases under compute-sanitizer. Each has a file of its own.
+
 Without a GPU, `--rehearse` runs all of this in Triton's interpreter, with small inputs and meaningless times.
 """
 
@@ -24,8 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MINUTES = 9.5
 SECONDS_A_CONTENDER = 2.0
-# A case that has not ended by then never will.
+# A case that has not ended by then never will; a whole model is compiled by torch for minutes.
 HANG_SECONDS = 120.0
+HANG_SECONDS_OF_MODELS = 500.0
+PARTS = ("kernels", "decode", "sanitize")
+FILES = {"kernels": "gpu.json", "decode": "gpu-decode.json"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         print("no CUDA device here: run it where there is one, or `--rehearse` the suite in the interpreter")
         return 2
+    if options.part == "sanitize":
+        from benchmarks.gpu.sanitize import sanitize
+
+        return sanitize(options)
     report = run(options, ["--resume", *(word for word in arguments if word != "--resume")])
     print(json.dumps(report, indent=2) if options.json else "\n".join(table(report)))
     return 1 if any("failed" in record for record in report["cases"] + report["checks"]) else 0
@@ -58,7 +68,7 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
 
     began = time.monotonic()
     device: Device = Rehearsal() if options.rehearse else Cuda()
-    path = options.out / folder_name(device.facts()) / "gpu.json"
+    path = options.out / folder_name(device.facts()) / FILES[options.part]
     path.parent.mkdir(parents=True, exist_ok=True)
     head = _head(device, options)
     if options.resume and path.exists():
@@ -85,7 +95,7 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_suite", *restart])
 
     # By name, so that a kernel that cannot take a case is an error and not torch's form under our name.
-    with ops.use_backend("triton"):
+    with ops.use_backend("triton" if options.part == "kernels" else None):
         for number, (about, job) in enumerate(jobs):
             if _key(about) in done:
                 continue
@@ -94,11 +104,13 @@ def run(options: argparse.Namespace, restart: Sequence[str]) -> dict[str, Any]:
                 add({**about, "skipped": f"no time was left of {options.minutes:g} minutes"})
                 continue
 
-            def give_up(about: dict[str, Any] = about) -> None:
-                add({**about, "failed": f"no answer within {HANG_SECONDS:g} s"})
+            patience = HANG_SECONDS_OF_MODELS if options.part == "decode" else HANG_SECONDS
+
+            def give_up(about: dict[str, Any] = about, patience: float = patience) -> None:
+                add({**about, "failed": f"no answer within {patience:g} s"})
                 go_on_in_a_new_process()
 
-            watch = threading.Timer(HANG_SECONDS, give_up)
+            watch = threading.Timer(patience, give_up)
             watch.daemon = True
             watch.start()
             try:
@@ -121,6 +133,8 @@ def _jobs(options: argparse.Namespace, device: Any, report: dict[str, Any]) -> l
     """Every case to be checked and timed, then the small ones of other dtypes and odd sizes to be checked."""
     import torch
 
+    if options.part == "decode":
+        return _decoding(options, device)
     from benchmarks.gpu.cases import cases
     from benchmarks.gpu.measure import checked, measure
 
@@ -140,15 +154,27 @@ def _jobs(options: argparse.Namespace, device: Any, report: dict[str, Any]) -> l
     def wanted(tiny: bool) -> list[Any]:
         return [case for case in cases(tiny=tiny) if not options.only or options.only in case.name]
 
-    jobs: list[Job] = [
-        ({"name": case.name, "operator": case.operator}, timed(case)) for case in wanted(tiny=device.rehearsal)
-    ]
+    jobs: list[Job] = []
+    if not options.checks_only:
+        jobs += [
+            ({"name": case.name, "operator": case.operator}, timed(case)) for case in wanted(tiny=device.rehearsal)
+        ]
     for dtype in (torch.float32,) if device.rehearsal else (torch.float32, torch.float16, torch.bfloat16):
         about = {"dtype": str(dtype).removeprefix("torch.")}
         jobs += [
             ({"name": case.name, "operator": case.operator, **about}, looked_at(case, dtype)) for case in wanted(True)
         ]
     return jobs
+
+
+def _decoding(options: argparse.Namespace, device: Any) -> list[Job]:
+    from benchmarks.gpu import decoding
+
+    jobs: list[Job] = [
+        ({"name": "graphs-equal-calls", "dtype": "float32"}, lambda _: decoding.same_texts(device)),
+        *(({"name": scene.name}, lambda _, scene=scene: decoding.run(scene, device)) for scene in decoding.SCENES),
+    ]
+    return [(about, job) for about, job in jobs if not options.only or options.only in about["name"]]
 
 
 def _key(record: dict[str, Any]) -> tuple[str, str]:
@@ -194,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default benchmarks/results")
+    parser.add_argument("--part", choices=PARTS, default="kernels", help="what to run; default kernels")
     parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--checks-only", action="store_true", help="the small cases, checked and not timed")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no case after this long")
     parser.add_argument("--seed", type=int, help="of the inputs; drawn anew unless given, and always reported")
     parser.add_argument("--resume", action="store_true", help="keep the cases that the file has already")

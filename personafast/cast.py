@@ -15,7 +15,7 @@ from personafast.density.prompting import SystemPrompts
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
-from personafast.models.cache import goes_on_by_row
+from personafast.models.context import goes_on_by_row
 from personafast.models.patch import Patch
 from personafast.models.rows import NOBODY, RowSlots
 from personafast.persona import Persona
@@ -41,6 +41,7 @@ class Cast:
         policies: policies in memory beside the library's, or None.
         only_mask: the mask whose weights are all there is (keep_dense=False), or None.
         tokenizer: gives the tokenizer, for prompts.
+        recorder: what records passes of the models, or None: see `Patch.use_graphs`.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Cast:
         policies: PolicySet | None,
         only_mask: str | None,
         tokenizer: Callable[[], Any],
+        recorder: Any = None,
     ) -> None:
         self.patch = patch
+        self._recorder = recorder
         self.library = library
         self.policies = policies
         self.only_mask = only_mask
@@ -69,11 +72,12 @@ class Cast:
     def install(self) -> None:
         """Plug into the model and, for separate policies, into theirs."""
         self.patch.install()
+        self.patch.use_graphs(self._recorder)
         if self.only_mask is not None:
             self.patch.compress(self.library.masks[self.only_mask].words)
         for policy in self._members.values():
             if policy.model is not None and id(policy.model) not in self._models:
-                self._models[id(policy.model)] = _installed(policy.model)
+                self._models[id(policy.model)] = _installed(policy.model, self._recorder)
         self.refresh()
 
     def remove(self) -> bool:
@@ -369,7 +373,7 @@ class Cast:
                 continue
             if known is not None:
                 known.remove()
-            self._merged_models[key] = _installed(model)
+            self._merged_models[key] = _installed(model, self._recorder)
 
     def _merged_member(self, persona: Persona, prompt: list[int], vector: int, scale: float) -> Member | None:
         if not self.mergeable(persona):
@@ -399,7 +403,8 @@ def _named(persona: Persona) -> list[str]:
     return names if persona.base is None else [*names, persona.base]
 
 
-def _installed(model: nn.Module) -> Patch:
+def _installed(model: nn.Module, recorder: Any) -> Patch:
     patch = Patch(model, anatomy(model), 1)
     patch.install()
+    patch.use_graphs(recorder)
     return patch

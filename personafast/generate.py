@@ -35,7 +35,7 @@ from personafast.density.token_rs import sample_token_rs
 from personafast.density.transcript import GenerationStats, Transcript
 from personafast.density.verify import sample_verify
 from personafast.errors import PersonafastError
-from personafast.models.cache import learned_positions
+from personafast.models.context import learned_positions
 from personafast.models.patch import Patch
 from personafast.ops import Aggregator
 from personafast.options import Options
@@ -43,6 +43,8 @@ from personafast.row import Row
 
 # Keep a token whose probability under a member is at least this share of that member's largest (METHODS 3.2).
 DEFAULT_MIN_P = 0.05
+# Tokens drafted a round, unless asked otherwise.
+_CHUNK = 8
 # Rows may leave the batch under these, and drafts may take them on; any other processor may hold a state per row.
 _STATELESS = (
     TemperatureLogitsWarper,
@@ -86,9 +88,17 @@ class _Call:
         self.rule = make_rule(rows, self.min_p, options.policy_temperature, self.device)
         self.draws = _draws(options, len(rows), self.device) if self.sampling else None
         self._plain = _plain_min_p(rows, self.min_p, self.device) if self.sampling else None
+        self._scorers: list[ModelScorer] = []
 
     def run(self, sampler: str) -> None:
         """Decode every row to its end."""
+        try:
+            self._run(sampler)
+        finally:
+            for scorer in self._scorers:
+                scorer.close()
+
+    def _run(self, sampler: str) -> None:
         if sampler in ("direct", "merge"):
             sample_direct(
                 self._scorer(),
@@ -138,7 +148,7 @@ class _Call:
             self.rule,
             self.draws,
             drafter,
-            chunk=self.options.chunk or 8,
+            chunk=self.options.chunk or _CHUNK,
             block=block,
             process=self._process_or_none,
             carry=self.options.carry,
@@ -160,11 +170,8 @@ class _Call:
             return
         # A row without policies is a mixture of one: its reference.
         policies = [row.policies or [row.reference] for row in self.rows]
-        scorer = ModelScorer(
-            self.patch, [None] * len(policies), policies, stats=self.transcript.stats, device=self.device
-        )
         sample_mixture(
-            scorer,
+            self._members([None] * len(policies), policies),
             self.transcript,
             _as_mixture(self.rule, self._plain),
             self.draws,
@@ -174,14 +181,26 @@ class _Call:
         )
 
     def _scorer(self, ahead: Sequence[Member] | None = None, all_references: bool = False) -> ModelScorer:
-        return ModelScorer(
+        references = [row.reference if all_references or row.needs_reference else None for row in self.rows]
+        return self._members(references, [row.members for row in self.rows], ahead)
+
+    def _members(
+        self,
+        references: Sequence[Member | None],
+        policies: Sequence[Sequence[Member]],
+        ahead: Sequence[Member] | None = None,
+    ) -> ModelScorer:
+        scorer = ModelScorer(
             self.patch,
-            [row.reference if all_references or row.needs_reference else None for row in self.rows],
-            [row.members for row in self.rows],
+            references,
+            policies,
             ahead=ahead,
             stats=self.transcript.stats,
             device=self.device,
+            room=self.transcript.limit + (self.options.chunk or _CHUNK) + 1,
         )
+        self._scorers.append(scorer)
+        return scorer
 
     @property
     def _process_or_none(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:

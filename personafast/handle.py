@@ -41,6 +41,7 @@ def attach(
     policies: PolicySet | None = None,
     max_personas: int = 64,
     keep_dense: bool = True,
+    graphs: bool | None = None,
 ) -> PersonaHandle:
     """Give a Hugging Face decoder personas.
 
@@ -57,6 +58,8 @@ def attach(
         keep_dense: False keeps of the masked linears only what the library's one mask keeps, 9 bits a weight at 16 bit
             and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back. What is saved
             is the masked model. Wrap the model with PEFT before attaching, not after.
+        graphs: record decoding and scoring passes once and replay them, over a cache of fixed size: CUDA graphs. None
+            for where they pay, on a GPU. On a CPU `True` replays operator by operator, which is slower, for tests.
 
     Returns:
         The handle: `generate`, `detach`, and a context manager that detaches.
@@ -94,7 +97,17 @@ def attach(
     if policies is not None and model is not policies.model and model is not policies.reference:
         raise PersonafastError("policies: their reference is another model; attach to the one they were made from")
     only_mask = None if keep_dense else next(iter(library.masks))
-    return PersonaHandle(model, library, tokenizer, Patch(model, parts, max_personas), policies, only_mask)
+    patch = Patch(model, parts, max_personas)
+    return PersonaHandle(model, library, tokenizer, patch, policies, only_mask, _recorder(model, graphs))
+
+
+def _recorder(model: nn.Module, graphs: bool | None) -> Any:
+    device = next(model.parameters()).device
+    if graphs is False or (graphs is None and device.type != "cuda"):
+        return None
+    from personafast.models.graphs import recorder
+
+    return recorder(device)
 
 
 class PersonaHandle:
@@ -114,12 +127,13 @@ class PersonaHandle:
         patch: Patch,
         policies: PolicySet | None = None,
         only_mask: str | None = None,
+        recorder: Any = None,
     ) -> None:
         self.model = model
         self.library = library
         self._tokenizer = tokenizer
         self._only_mask = only_mask
-        self.cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer)
+        self.cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer, recorder)
         self._forward_rows: contextlib.ExitStack | None = None
         self._hooks: list[Any] = []
         try:

@@ -61,6 +61,16 @@ def device_of(tensor: torch.Tensor) -> Device:
     return INTERPRETED if tensor.is_cpu else _facts(_index(tensor))
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover `size`. Triton's own, made for kernels too, takes longer than a launch of ours."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not less than `size`; see `cdiv`."""
+    return 1 << (size - 1).bit_length() if size > 0 else 1
+
+
 def interpreting() -> bool:
     """Whether kernels were defined under TRITON_INTERPRET=1, and so run on CPU tensors."""
     return bool(knobs.runtime.interpret)
@@ -90,7 +100,8 @@ def launch(
     if not isinstance(kernel, JITFunction) or _watched():  # interpreted, or somebody profiles launches
         kernel[grid](*args, **config.constants, **config.options)
         return
-    key: list[Any] = [kernel, config]
+    # Kernels live as long as their modules; Triton's own hash of one takes a lock.
+    key: list[Any] = [id(kernel), config]
     passed: list[Any] = []
     tensor: torch.Tensor | None = None
     for arg in args:

@@ -64,8 +64,8 @@ def aggregate_case(rows: int, rule: ops.Aggregator) -> Case:
     )
 
 
-def chunk_case(rows: int) -> Case:
-    """`chunk_scores` and `chunk_accept`, one after the other as the sampler calls them."""
+def chunk_case(rows: int, fused: bool) -> Case:
+    """`chunk_scores` and `chunk_accept`, one after the other as the sampler calls them, or as one operator."""
 
     def make(draw: Draw) -> Inputs:
         return SimpleNamespace(
@@ -87,19 +87,21 @@ def chunk_case(rows: int) -> Case:
         return scores, (stands * count).amax(1)
 
     def ours(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = ops.chunk_scores(
-            inputs.ref, inputs.policies, inputs.weights, inputs.carried, inputs.aggregator, inputs.p
-        )
+        of_scores = inputs.ref, inputs.policies, inputs.weights, inputs.carried, inputs.aggregator, inputs.p
+        if fused:
+            return ops.chunk_scores_accept(*of_scores, inputs.bound, inputs.log_u, inputs.lengths)
+        scores = ops.chunk_scores(*of_scores)
         return scores, ops.chunk_accept(scores, inputs.bound, inputs.log_u, inputs.lengths)
 
     def traffic(inputs: Inputs) -> int:
         # The scores are written and read again.
         return nbytes(inputs.ref, inputs.policies, inputs.bound, inputs.log_u) + 2 * nbytes(inputs.ref)
 
+    name = "chunk_scores_accept" if fused else "chunk_scores-chunk_accept"
     return Case(
-        name=f"chunk_scores-chunk_accept-rows{rows}-chunk{CHUNK}-policies{POLICIES}",
-        operator="chunk_scores",
-        needs=("chunk_accept",),
+        name=f"{name}-rows{rows}-chunk{CHUNK}-policies{POLICIES}",
+        operator="chunk_scores_accept" if fused else "chunk_scores",
+        needs=() if fused else ("chunk_accept",),
         shape={"B": rows, "k": CHUNK, "N": POLICIES},
         make=make,
         plain=plain,
@@ -166,7 +168,7 @@ def verify_case(rows: int, block: bool) -> Case:
 
 CASES: tuple[Case, ...] = (
     *(aggregate_case(rows, rule) for rule in (ops.Aggregator.GEOMETRIC, ops.Aggregator.LINEAR) for rows in (1, 8)),
-    *(chunk_case(rows) for rows in (8, 64)),
+    *(chunk_case(rows, fused) for fused in (False, True) for rows in (8, 64)),
     verify_case(8, block=False),
     verify_case(8, block=True),
 )

@@ -24,8 +24,9 @@ graph."""
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The results of GPUs under `folder`; those of a rehearsal do not count."""
-    found = [read_json(path) for path in sorted(folder.glob("*/gpu.json"))]
+    """The results of GPUs under `folder`, kernels before decoding; those of a rehearsal do not count."""
+    paths = [*sorted(folder.glob("*/gpu.json")), *sorted(folder.glob("*/gpu-decode.json"))]
+    found = [read_json(path) for path in paths]
     return [report for report in found if not report["rehearsal"]]
 
 
@@ -34,6 +35,9 @@ def section(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not reports:
         yield NOTHING
     for report in reports:
+        if any("contenders" in case for case in report["cases"]):
+            yield from _decoding(report)
+            continue
         yield f"## {report['hardware']['gpu']}"
         yield ABOUT
         yield _table(("", ""), _facts(report))
@@ -49,6 +53,31 @@ def section(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if bad:
             lines = [f"- `{record['name']}`: {failure(record)}" for record in bad]
             yield "### Not measured on this GPU\n\n" + "\n".join(lines)
+
+
+def _decoding(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"## {report['hardware']['gpu']}: decoding"
+    yield _table(("", ""), _facts(report))
+    for case in report["cases"]:
+        if "contenders" not in case:
+            yield f"`{case['name']}`: {failure(case)}"
+            continue
+        rows = [
+            (name, "", entry["absent"], "")
+            if "absent" in entry
+            else (name, "", f"{entry['ms_a_token']:.3f} ms", f"{entry['tokens_per_s']:.0f}")
+            for name, entry in case["contenders"].items()
+        ]
+        yield f"`{case['name']}`, {case['rows']} row{'s' if case['rows'] > 1 else ''}:"
+        yield _table(("", "", "a token", "tokens/s"), rows)
+        lines = []
+        for found in case["comparisons"]:
+            goal = ""
+            if "goal" in found:
+                met = "met" if found["times_faster"] >= found["goal"] else "**missed**"
+                goal = f", goal {found['goal']:.2f}x: {met}"
+            lines.append(f"- {found['contender']}: {found['times_faster']:.2f}x {found['baseline']}{goal}")
+        yield "\n".join(lines)
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

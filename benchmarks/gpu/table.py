@@ -11,6 +11,9 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     ceilings = report["ceilings"]
     yield f"{report['hardware']['gpu']}: " + ", ".join(f"{name} {value:g}" for name, value in ceilings.items())
     for case in report["cases"]:
+        if "contenders" in case:
+            yield from _scene(case)
+            continue
         if "ours" not in case:
             yield f"{case['name']}: {failure(case)}"
             continue
@@ -40,6 +43,18 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"    {text}" for text in texts)
 
 
+def _scene(case: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{case['name']}:"
+    for name, entry in case["contenders"].items():
+        if "absent" in entry:
+            yield f"    {name}: absent: {entry['absent']}"
+        else:
+            yield f"    {name}: {entry['ms_a_token']:.3f} ms a token, {entry['tokens_per_s']:.0f} tokens/s"
+    for found in case["comparisons"]:
+        goal = f", goal {found['goal']:.2f}" if "goal" in found else ""
+        yield f"    {found['contender']} is {found['times_faster']:.3f}x as fast as {found['baseline']}{goal}"
+
+
 def failure(case: Mapping[str, Any]) -> str:
     """Why a case has no figures, or a check has failed."""
     where = f" ({case['dtype']})" if "dtype" in case else ""
@@ -48,6 +63,12 @@ def failure(case: Mapping[str, Any]) -> str:
 
 def misses(case: Mapping[str, Any]) -> Iterator[str]:
     """Every goal of a measured case that it does not reach."""
+    for found in case.get("comparisons", ()):
+        if found.get("goal", 0) > found["times_faster"]:
+            yield (
+                f"{case['name']}: {found['contender']} {found['times_faster']:.3f}x of {found['baseline']}, goal "
+                f"{found['goal']:.3f}x"
+            )
     if "ours" not in case:
         return
     share, goal = case["ours"]["share_of_copy_bandwidth"], case.get("copy_share_goal")

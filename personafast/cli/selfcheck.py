@@ -82,6 +82,17 @@ def _chunk_accept(generator: torch.Generator, device: str) -> torch.Tensor:
     return ops.chunk_accept(scores, bound, -draws.abs(), torch.tensor([4, 2], dtype=torch.int32, device=device))
 
 
+def _chunk_scores_accept(generator: torch.Generator, device: str) -> torch.Tensor:
+    rows = len(ops.Aggregator)
+    reference, policies = -_normal(generator, device, rows, 4).abs(), -_normal(generator, device, 3, rows, 4).abs()
+    bound, draws = _normal(generator, device, rows, 4), -_normal(generator, device, rows, 4).abs()
+    lengths = torch.arange(rows, dtype=torch.int32, device=device).clamp(max=4)
+    scores, accepted = ops.chunk_scores_accept(
+        reference, policies, torch.ones(rows, 3, device=device), None, *_rules(device), bound, draws, lengths
+    )
+    return torch.cat([scores, accepted[:, None].float()], 1)
+
+
 def _aggregate_logits(generator: torch.Generator, device: str) -> torch.Tensor:
     rows = len(ops.Aggregator)
     reference, policies = _normal(generator, device, rows, 41), _normal(generator, device, 3, rows, 41)
@@ -128,6 +139,7 @@ CASES: dict[str, Case] = {
     "token_logprobs": _token_logprobs,
     "chunk_scores": _chunk_scores,
     "chunk_accept": _chunk_accept,
+    "chunk_scores_accept": _chunk_scores_accept,
     "aggregate_logits": _aggregate_logits,
     "steer_": _steer,
     "add_inject_rms_norm": _add_inject_rms_norm,

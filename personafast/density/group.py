@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from personafast.density.transcript import GenerationStats
-from personafast.models.cache import RaggedContext
+from personafast.models.context import RaggedContext
 from personafast.models.patch import Patch
 from personafast.models.rows import RowSlots
+
+if TYPE_CHECKING:
+    from personafast.models.static_context import StaticContext
 
 
 class Group:
@@ -22,6 +26,9 @@ class Group:
         prompts: token ids a row.
         slots: (vector, mask, adapter) a row.
         stats: receives calls, forward passes and bytes read.
+        device: where the model is.
+        room: the most tokens that a row gets beside its prompt, drafts included; None if nobody knows, and then no
+            pass is recorded.
     """
 
     def __init__(
@@ -31,12 +38,24 @@ class Group:
         slots: Sequence[tuple[int, int, int]],
         stats: GenerationStats,
         device: torch.device,
+        room: int | None = None,
     ) -> None:
         self._patch, self._stats = patch, stats
-        self._context = RaggedContext(patch.model, list(prompts), device)
         vectors, masks, adapters = zip(*slots, strict=True)
         self._slots = RowSlots.of(vectors, masks, adapters)
         self._weights = patch.bytes_read(self._slots)
+        longest = max(len(prompt) for prompt in prompts)
+        static = None if room is None else patch.static_context(len(prompts), longest + room, device)
+        self._static = static
+        self._context: RaggedContext | StaticContext
+        if static is None:
+            self._context = RaggedContext(patch.model, list(prompts), device)
+        else:
+            self._context = static.start(prompts)
+            static.slots.set(self._slots)
+            # Which tokens are fed is the host's business: it has been told them.
+            device = torch.device("cpu")
+        self._device = device
         self._last = torch.tensor([prompt[-1] for prompt in prompts], dtype=torch.long, device=device)
         # Committed tokens that are not in the cache; the prompt, which is none of them, is fed with the first draft.
         self._pending = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
@@ -46,6 +65,7 @@ class Group:
 
     def logits(self, draft: torch.Tensor, keep: int) -> torch.Tensor:
         """Feed what is new of the draft [R, j]; the last `keep` next-token logits, float32 [R, keep, V]."""
+        draft = draft.to(self._device)
         if self._fed is None:
             tokens, live = torch.cat([self._pending, draft], dim=1), self._live
             if live is not None:
@@ -53,7 +73,7 @@ class Group:
         else:
             tokens, live = draft[:, self._fed :], None
         self._fed = draft.shape[1]
-        with self._patch.rows(self._slots):
+        with self._patch.rows(self._slots if self._static is None else self._static.slots):
             logits = self._context.feed(tokens, keep, live)
         self._stats.forwards += tokens.shape[0]
         self._stats.calls += 1
@@ -62,6 +82,7 @@ class Group:
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """Extend the rows' texts by tokens[:, :counts], of which all but the last are the round's draft."""
+        tokens, counts = tokens.to(self._device), counts.to(self._device)
         place = torch.arange(tokens.shape[1], device=tokens.device)
         if self._fed is None:
             self._hold(tokens, place < counts[:, None])
@@ -83,11 +104,18 @@ class Group:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
+        rows = rows.to(self._device)
         self._context.keep(rows)
         self._slots = self._slots.select(rows.cpu())
         self._pending, self._last = self._pending[rows], self._last[rows]
         if self._live is not None:
             self._live = self._live[rows]
+
+    def close(self) -> None:
+        """The text is done: what was recorded for it serves the next one."""
+        if self._static is not None:
+            self._patch.give_back(self._static)
+            self._static = None
 
     def _hold(self, tokens: torch.Tensor, live: torch.Tensor) -> None:
         """Let the live ones of these tokens wait, behind those that do."""

@@ -41,8 +41,8 @@ class Member:
 class _Seats:
     """Members of one model, what they are in the rows of the batch, and their common cache."""
 
-    def __init__(self, patch: Patch, stats: GenerationStats, device: torch.device) -> None:
-        self._make = (patch, stats, device)
+    def __init__(self, patch: Patch, stats: GenerationStats, device: torch.device, room: int | None) -> None:
+        self._make = (patch, stats, device, room)
         self._members: list[Member] = []
         self._row: list[int] = []
         self._index: list[int] = []
@@ -56,13 +56,14 @@ class _Seats:
 
     def close(self) -> None:
         """All members are here: make their group."""
-        patch, stats, device = self._make
+        patch, stats, device, room = self._make
         self.group = Group(
             patch,
             [member.prompt for member in self._members],
             [(member.vector, member.mask, member.adapter) for member in self._members],
             stats,
             device,
+            room,
         )
         self.row = torch.tensor(self._row, dtype=torch.long, device=device)
         self.index = torch.tensor(self._index, dtype=torch.long, device=device)
@@ -113,6 +114,8 @@ class ModelScorer:
         ahead: the member of every row that proposes, in a cache of its own. A row whose reference proposes has it
             scored there and nowhere else. None: nothing proposes, and all members share every forward pass.
         stats: receives the number of forward passes and the bytes they read.
+        device: where the models are.
+        room: the most tokens that a row gets, drafts included; None if nobody knows, and then no pass is recorded.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class ModelScorer:
         ahead: Sequence[Member] | None = None,
         stats: GenerationStats,
         device: torch.device,
+        room: int | None = None,
     ) -> None:
         self._rows = len(references)
         self._count = max((len(row) for row in policies), default=0)
@@ -132,7 +136,7 @@ class ModelScorer:
 
         def seat(seats: dict[int, _Seats], member: Member, row: int, index: int) -> None:
             own = member.patch or patch
-            seats.setdefault(id(own), _Seats(own, stats, device)).add(member, row, index)
+            seats.setdefault(id(own), _Seats(own, stats, device, room)).add(member, row, index)
 
         own_reference = torch.zeros(self._rows, dtype=torch.bool)
         for b, reference in enumerate(references):
@@ -218,6 +222,11 @@ class ModelScorer:
         self._proposing = self._proposing[self._proposing >= 0]
         self._rows = rows.numel()
         self._regular = self._is_regular()
+
+    def close(self) -> None:
+        """The texts are done."""
+        for seats in [*self._joint, *self._leading]:
+            seats.group.close()
 
     def _is_regular(self) -> bool:
         """Whether one group holds the rows' references, of all or none, then all first policies, all second ones ..."""

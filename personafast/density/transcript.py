@@ -92,6 +92,9 @@ class Transcript:
         criteria: transformers stopping criteria beyond length and EOS, (ids [B, l], scores) -> bool [B], called with
             all rows; one whose `row_by_row` is true gets only those that were extended.
         on_tokens: called with the new tokens of every commit, for streaming.
+
+    Attributes:
+        limit: as given.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class Transcript:
         self.stats = GenerationStats(row_rounds=torch.zeros(batch, dtype=torch.long, device=prompt.device))
         self.alive = torch.arange(batch, device=prompt.device)
         self._prompt = prompt
-        self._limit = limit
+        self.limit = limit
         self._eos = torch.tensor(list(eos), dtype=torch.long, device=prompt.device)
         self._criteria = list(criteria)
         self._on_tokens = on_tokens
@@ -124,7 +127,7 @@ class Transcript:
     @property
     def room(self) -> torch.Tensor:
         """Tokens the rows in the batch may still get, int64 [b]."""
-        return self._limit - self.positions
+        return self.limit - self.positions
 
     @property
     def ended(self) -> torch.Tensor:
@@ -134,7 +137,7 @@ class Transcript:
     @property
     def open(self) -> bool:
         """Whether any row goes on."""
-        return self._limit > 0 and not bool(self._done.all())
+        return self.limit > 0 and not bool(self._done.all())
 
     def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which tokens end a row."""
@@ -163,7 +166,7 @@ class Transcript:
             self._tokens[rows, self._length[rows]] = new
             self._length[rows] += 1
             self.stats.tokens += rows.numel()
-            ended = torch.isin(new, self._eos) | (self._length[rows] >= self._limit)
+            ended = torch.isin(new, self._eos) | (self._length[rows] >= self.limit)
             if self._criteria:
                 ended = ended | self._stopped(rows)
             self._done[rows] = ended

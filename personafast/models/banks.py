@@ -24,6 +24,8 @@ class VectorBank:
         self._hidden = parts.shape.hidden_size
         self._banks: dict[int, torch.Tensor] = {}
         self._slots: dict[object, int] = {}
+        # Banks made so far: each is a tensor that recordings from before do not know.
+        self.made = 0
 
     def slot(self, key: object, make: Callable[[], torch.Tensor], in_use: set[int]) -> int:
         """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes."""
@@ -57,6 +59,7 @@ class VectorBank:
             # No inference tensor, whatever mode the first call is made in: later ones may be made in another.
             with torch.inference_mode(False):
                 self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+            self.made += 1
         return self._banks[block]
 
 

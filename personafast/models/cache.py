@@ -1,212 +1,216 @@
-"""A KV cache whose rows can be rolled back by different counts, over transformers' `DynamicCache`.
+"""A KV cache of fixed size whose rows have a length each, for transformers.
 
-Nothing is moved on a rollback: the columns are marked dead in the row's attention mask, and positions are counted from
-the live ones. Columns that are dead in every row at the end are cut off, and when many are dead the live ones are
-gathered to the right.
+Row r has its tokens in columns 0 to lengths[r] - 1. New ones are written behind them, at every row's own place, and a
+rollback only lowers the length, so nothing is moved, allocated or read by the host: the buffers keep their addresses,
+and a captured graph that writes to them stays right whatever the lengths are when it is replayed.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from personafast.errors import UnsupportedModelError
+from personafast.errors import PersonafastError
 
-# Gather when more than this share of the columns is dead beyond what padding needs.
-_WASTE = 0.5
+# What attention reads is a multiple of this many columns: memory-efficient attention wants its mask aligned.
+COLUMNS = 64
+
+PLAN = "_personafast_plan"
 
 
-class RaggedContext:
-    """The context of R rows in one model: tokens fed so far, and the cache that holds them.
+class Plan:
+    """Where the new tokens of one forward pass stand, and which columns each of them sees.
 
-    Args:
-        model: a transformers causal LM.
-        prompts: token ids a row, of any lengths >= 1; they are fed with the first `feed`.
+    Attributes:
+        positions: int64 [R, c], column and position of every new token.
+        columns: how many columns attention reads; no token of this pass stands behind them.
+        start: the column of every row's first new token, where the host knows it to be one; None otherwise.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], device: torch.device) -> None:
-        from transformers import DynamicCache
+    def __init__(self, lengths: torch.Tensor, new: int, columns: int, start: int | None) -> None:
+        self.positions = lengths[:, None] + torch.arange(new, device=lengths.device)
+        self.columns = columns
+        self.start = start
+        self._rows = torch.arange(lengths.shape[0], device=lengths.device)[:, None]
+        self._masks: dict[int | None, torch.Tensor | None] = {}
 
-        from personafast.models.growing import GrowingLayer
+    def write(self, buffer: torch.Tensor, new: torch.Tensor) -> None:
+        """Put new [R, K, c, D] into the columns of buffer [R, K, C, D] that are theirs."""
+        if self.start is not None:
+            buffer[:, :, self.start : self.start + new.shape[2]] = new
+        else:
+            buffer[self._rows, :, self.positions] = new.transpose(1, 2)
 
-        self.model = model
-        self.device = device
-        length = max(len(ids) for ids in prompts)
-        self._prompt = torch.zeros(len(prompts), length, dtype=torch.long)
-        self._live = torch.zeros(len(prompts), length, dtype=torch.bool)
-        for row, ids in enumerate(prompts):
-            self._prompt[row, length - len(ids) :] = torch.tensor(ids)
-            self._live[row, length - len(ids) :] = True
-        self._prompt, self._live = self._prompt.to(device), self._live.to(device)
-        self._started = False
-        self._ragged = not bool(self._live.all())
-        # Without the configuration every layer keeps all columns, which dead columns in a sliding window need.
-        self._cache = DynamicCache()
-        self._cache.layer_class_to_replicate = GrowingLayer
-        # PEFT's wrapper takes anything, so the model inside says what it understands.
-        base: Any = getattr(model, "get_base_model", lambda: model)()
-        self._parameters = inspect.signature(base.forward).parameters
-        self._window = _sliding_window(model)
-        self._last_position = learned_positions(model)
+    def causal(self, window: int | None) -> bool:
+        """Whether this is the first pass, in which every token sees those before it and nothing else is there."""
+        new = self.positions.shape[1]
+        return self.start == 0 and self.columns == new and (window is None or new <= window)
 
-    @property
-    def rows(self) -> int:
-        """R."""
-        return self._live.shape[0]
-
-    def feed(self, tokens: torch.Tensor, keep: int, live: torch.Tensor | None = None) -> torch.Tensor:
-        """Append tokens [R, k] to every row (after the prompt, the first time) and return the last `keep` logits.
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Which columns every new token sees, bool [R, 1, c, n]; None where each sees all of them.
 
         Args:
-            tokens: int64 [R, k].
-            keep: how many places to give the logits of.
-            live: bool [R, k], which of them are tokens of their row: a row's own stand at its right. None for all.
+            window: how many of the last columns, its own included, a token sees; None for all.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
 
-        Returns:
-            float32 [R, keep, V]; those of a place that is not live mean nothing.
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        new = self.positions.shape[1]
+        if self.start is not None and new == 1 and self.columns == self.start + 1:
+            if window is None or self.columns <= window:
+                return None
+        column = torch.arange(self.columns, device=self.positions.device)
+        seen = column <= self.positions[:, :, None]
+        if window is not None:
+            seen = seen & (column > self.positions[:, :, None] - window)
+        return seen[:, None]
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values [R, K, C, D] of one layer."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, cache: RowCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the buffers, of the shape and dtype of the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, capacity = self._cache.lengths.shape[0], self._cache.capacity
+        # Zeros: a column that no token sees yet must not hold a NaN, which no mask takes out of a product.
+        for name, states in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, states.new_zeros(rows, states.shape[1], capacity, states.shape[3]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values [R, K, c, D] where the plan says; views of the columns that attention reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self._cache.plan
+        if plan is None:
+            raise PersonafastError("RowCache: a model was run without `begin`, so there is no place for its tokens")
+        assert self.keys is not None and self.values is not None
+        plan.write(self.keys, key_states)
+        plan.write(self.values, value_states)
+        keys, values = self.keys[:, :, : plan.columns], self.values[:, :, : plan.columns]
+        # Attention gets no cache, but it gets these keys.
+        setattr(keys, PLAN, plan)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that attention reads, and the first of them."""
+        plan = self._cache.plan
+        return (self._cache.capacity if plan is None else plan.columns), 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the longest row."""
+        return self._cache.bound
+
+    def get_max_length(self) -> int:
+        """C."""
+        return self._cache.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """C, by the name that older versions of transformers ask for."""
+        return self._cache.capacity
+
+
+class RowCache(Cache):
+    """Keys and values of R rows, each of its own length.
+
+    The host keeps the lengths, since it is told what a round accepted anyway, and the device has a copy: nothing is
+    ever read back. Before a forward pass over c new tokens a row comes `begin(c)`; after it `advance` says how many of
+    them count.
+
+    Args:
+        layers: attention layers of the model.
+        rows: R.
+        capacity: C, the most tokens a row can have, those of a pass that do not count included.
+        device: where the copy of the lengths is; keys and values are where the model makes them.
+
+    Attributes:
+        host: int64 [R] on the CPU, tokens of every row.
+        lengths: the device's copy; it never moves, and is right from `begin` on.
+        plan: that of the pass that has begun.
+    """
+
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
+        self.capacity = -(-capacity // COLUMNS) * COLUMNS
+        self.host = torch.zeros(rows, dtype=torch.long)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.plan: Plan | None = None
+        self._own = [RowLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._own))
+
+    @property
+    def bound(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.host.max()) if self.host.numel() else 0
+
+    def begin(self, new: int, columns: int | None = None) -> Plan:
+        """Make room for `new` tokens behind every row's last.
+
+        Args:
+            new: c.
+            columns: what attention is to read, for a pass that is replayed while rows grow; None for what is in use.
 
         Raises:
-            UnsupportedModelError: rows get different numbers of tokens, and the model derives positions or windows
-                from columns.
+            PersonafastError: the longest row has no room.
         """
-        fresh = self._live.new_ones(tokens.shape) if live is None else live
-        if live is not None and not bool(live.all()):
-            self._check_ragged(self._live.shape[1] + tokens.shape[1])
-            self._ragged = True
-        if not self._started:
-            tokens = torch.cat([self._prompt, tokens], dim=1)
-            whole = torch.cat([self._live, fresh], dim=1)
-            positions = (whole.long().cumsum(dim=1) - 1).clamp(min=0)
-            self._started = True
-        else:
-            whole = torch.cat([self._live, fresh], dim=1)
-            start = self._live.sum(dim=1, keepdim=True)
-            if live is None:
-                positions = start + torch.arange(tokens.shape[1], device=self.device)
-            else:
-                positions = start + (live.long().cumsum(dim=1) - 1).clamp(min=0)
-        if self._last_position is not None:
-            # Drafts may run past the end of a row that is full; what is read there is not kept.
-            positions = positions.clamp(max=self._last_position - 1)
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            "past_key_values": self._cache,
-            "use_cache": True,
-            # Full rows take the path without a mask, as stock generate does.
-            "attention_mask": whole.long() if self._ragged else None,
-        }
-        if "position_ids" in self._parameters:
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in self._parameters:
-            inputs["logits_to_keep"] = keep
-        logits = self.model(**inputs).logits[:, -keep:].float()
-        self._live = whole
-        return logits
+        need = self.bound + new
+        if need > (columns or self.capacity):
+            raise PersonafastError(
+                f"RowCache: {self.bound} tokens and {new} new ones do not fit into {columns or self.capacity} columns; "
+                "make it with a larger capacity"
+            )
+        self.lengths.copy_(self.host, non_blocking=True)
+        even = columns is None and bool((self.host == self.host[:1]).all())
+        if columns is None:
+            columns = need if even or self.lengths.is_cpu else min(-(-need // COLUMNS) * COLUMNS, self.capacity)
+        return self.planned(new, columns, self.bound if even else None)
+
+    def planned(self, new: int, columns: int, start: int | None = None) -> Plan:
+        """The plan of a pass from the lengths that the device has: what a recording begins with."""
+        self.plan = Plan(self.lengths, new, columns, start)
+        return self.plan
+
+    def advance(self, counts: int | torch.Tensor) -> None:
+        """Let the first counts[r] of the new tokens of row r count; what is behind them will be written over.
+
+        Args:
+            counts: one number for all rows, or int64 [R] on the CPU.
+        """
+        self.host += counts
+        self.plan = None
 
     def rollback(self, counts: torch.Tensor) -> None:
-        """Forget the last counts[r] tokens of row r.
-
-        Raises:
-            UnsupportedModelError: the counts differ, and the model derives positions from columns.
-        """
-        most, least = int(counts.max()), int(counts.min())
-        if most == 0:
-            return
-        if least:
-            self._each(lambda whole: whole[:, :, :-least])
-            self._live = self._live[:, :-least]
-        if most > least:
-            self._check_ragged(0)
-            # The columns to forget are the last live ones: rows may hold dead columns from earlier rollbacks.
-            from_end = self._live.flip(1).long().cumsum(dim=1).flip(1)
-            self._live = self._live & (from_end > (counts - least).to(self.device)[:, None])
-            self._ragged = True
-            # A window counts columns, so there none may be dead between live ones.
-            self._gather(close=self._window is not None)
+        """Forget the last counts[r] tokens of row r, int64 [R] on the CPU."""
+        if bool((counts > self.host).any()):
+            row = int((counts > self.host).int().argmax())
+            raise PersonafastError(f"RowCache: row {row} has {int(self.host[row])} tokens, not {int(counts[row])}")
+        self.host -= counts
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows only."""
-        rows = rows.to(self.device)
-        self._live = self._live[rows]
-        if self._started:
-            self._each(lambda whole: whole[rows])
-            self._gather()
-        else:
-            self._prompt = self._prompt[rows]
+        """Go on with these rows only, int64 on the CPU: their columns move to the front of smaller views."""
+        count, there = rows.shape[0], rows.to(self.lengths.device)
+        for layer in self._own:
+            if layer.is_initialized:
+                for name in ("keys", "values"):
+                    buffer = getattr(layer, name)
+                    buffer[:count] = buffer[there]
+                    setattr(layer, name, buffer[:count])
+        self.host, self.lengths = self.host[rows], self.lengths[:count]
 
-    def _check_ragged(self, columns: int) -> None:
-        """Raise unless dead columns may stand between live ones, `columns` of both in all."""
-        if "position_ids" not in self._parameters or _chunked_attention(self.model):
-            raise UnsupportedModelError(
-                f"model: {type(self.model).__name__} takes positions from the columns of its cache, so rows cannot go "
-                "on by different counts; use sampler='direct' or one row a call"
-            )
-        if self._window is not None and columns > self._window:
-            raise UnsupportedModelError(
-                f"model: {type(self.model).__name__} attends to a window of {self._window} columns, so a longer text "
-                "cannot go on by different counts a row; use sampler='direct' or one row a call"
-            )
-
-    def _gather(self, close: bool = False) -> None:
-        """Move the live columns to the right and cut off what is dead in every row, when that is much or to `close`."""
-        columns = self._live.shape[1]
-        needed = int(self._live.sum(dim=1).max())
-        if not close and columns - needed <= max(8, _WASTE * needed):
-            return
-        # A stable sort of the flags puts dead columns first and keeps the order of the live ones.
-        order = self._live.long().argsort(dim=1, stable=True)[:, columns - needed :]
-        self._live = self._live.gather(1, order)
-        self._each(
-            lambda whole: whole.gather(2, order[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
-        )
-        self._ragged = not bool(self._live.all())
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace the keys and values [R, heads, columns, size] of every layer."""
-        for layer in self._cache.layers:
-            for name in ("keys", "values"):
-                setattr(layer, name, change(getattr(layer, name)))
-
-
-def goes_on_by_row(model: nn.Module, length: int) -> bool:
-    """Whether rows of up to `length` tokens can be rolled back, or go on, by different counts."""
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    if "position_ids" not in inspect.signature(base.forward).parameters or _chunked_attention(model):
-        return False
-    window = _sliding_window(model)
-    return window is None or length <= window
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model with a table of learned positions has; None for rotary and relative ones."""
-    most = getattr(_text_config(model), "max_position_embeddings", None)
-    if most is None:
-        return None
-    inputs = model.get_input_embeddings()  # type: ignore[operator]
-    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not inputs)
-    # OPT and its kin keep two rows more than positions.
-    return int(most) if any(table.num_embeddings - int(most) in (0, 2) for table in tables) else None
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _chunked_attention(model: nn.Module) -> bool:
-    return bool(getattr(_text_config(model), "attention_chunk_size", None))
-
-
-def _sliding_window(model: nn.Module) -> int | None:
-    text = _text_config(model)
-    kinds = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    if "local" in (getattr(text, "attention_layers", None) or ()):  # GPT-Neo's names
-        return int(text.window_size)
-    if window is None or getattr(text, "use_sliding_window", True) is False:
-        return None
-    return int(window) if kinds is None or "sliding_attention" in kinds else None
+    def reset(self) -> None:
+        """Forget every token."""
+        self.host.zero_()
+        self.plan = None

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,8 +23,17 @@ from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
-from personafast.models.rows import NOBODY, RowSlots, TokenSlots
+from personafast.models.rows import NOBODY, DeviceSlots, RowSlots, Spread
 from personafast.ops._rms_norm import run_kernel, serves
+
+if TYPE_CHECKING:
+    from personafast.models.graphs import CudaGraph, Tape
+    from personafast.models.static_context import StaticContext
+
+# Contexts of fixed size that wait for the next text: each holds the keys and values of its rows.
+_CONTEXTS = 4
+# Their capacities are multiples of this, so that texts of about one length share them.
+_STEP = 256
 
 
 def _is_stock(linear: nn.Module) -> bool:
@@ -73,7 +82,11 @@ class Patch:
         self.compressed: dict[str, CompressedWeight] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._adapters: dict[str, AdapterBank] = {}
-        self._now: dict[str, TokenSlots] = {}
+        # What records passes, or None: see `use_graphs`.
+        self._recorder: type[CudaGraph] | type[Tape] | None = None
+        self._contexts: list[StaticContext] = []
+        self._banks_set = 0
+        self._now: Mapping[str, Spread] = {}
         self._shape = (0, 0)
         self._hooks: list[Any] = []
         self._attention: AttentionPatch | None = None
@@ -140,6 +153,7 @@ class Patch:
         }
         for path in banks:
             self._patch_linear(path)
+        self._banks_set += 1
 
     def compress(self, words: Mapping[str, torch.Tensor]) -> None:
         """Keep only what one mask keeps, module path -> int32 [out, ceil(in / 32)]; the dense weights are freed.
@@ -163,6 +177,7 @@ class Patch:
         for path, mask in words.items():
             self.compressed[path] = CompressedWeight.take(self.parts.linears[path], mask)
             self._patch_linear(path)
+        self._banks_set += 1
 
     def _check_maskable(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -193,9 +208,42 @@ class Patch:
         }
         for path in paths:
             self._patch_linear(path)
+        self._banks_set += 1
+
+    def use_graphs(self, recorder: type[CudaGraph] | type[Tape] | None) -> None:
+        """Let decoding record its passes with this and replay them; None calls the model for every pass."""
+        self._recorder = recorder
+        self._contexts.clear()
+
+    def static_context(self, rows: int, capacity: int, device: torch.device) -> StaticContext | None:
+        """A context of fixed size for some rows of up to `capacity` tokens, with the recordings of earlier texts.
+
+        None where passes are not recorded, or the model attends in a way of its own. Give it back with `give_back`.
+        """
+        if self._recorder is None:
+            return None
+        from personafast.models.row_attention import understood
+        from personafast.models.static_context import StaticContext
+
+        if not understood(self.model):
+            return None
+        capacity = -(-capacity // _STEP) * _STEP
+        found = next((c for c in self._contexts if c.seats == rows and c.cache.capacity == capacity), None)
+        if found is not None:
+            self._contexts.remove(found)
+        else:
+            found = StaticContext(self.model, rows, capacity, device, self._recorder)
+        # A recording knows the addresses of the banks.
+        found.banks_are((self._banks_set, self.vectors.made))
+        return found
+
+    def give_back(self, context: StaticContext) -> None:
+        """Keep a context for the next text of its size; the one that was used longest ago goes."""
+        self._contexts.append(context)
+        del self._contexts[:-_CONTEXTS]
 
     @contextlib.contextmanager
-    def rows(self, slots: RowSlots) -> Iterator[None]:
+    def rows(self, slots: RowSlots | DeviceSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
         before = self._now
         self._now = slots.by_kind

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
 from personafast.errors import PersonafastError
 
 NOBODY = -1
+
+
+class Spread(Protocol):
+    """The slots of one kind, for the tokens of a forward pass."""
+
+    @property
+    def used(self) -> set[int]:
+        """The slots that rows carry."""
+
+    def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """Slots [batch * length], row-major."""
 
 
 class TokenSlots:
@@ -63,3 +75,60 @@ class RowSlots:
         """The kinds that any row uses."""
         kinds = {"vectors": self.vectors, "masks": self.masks, "adapters": self.adapters}
         return {kind: TokenSlots(slots) for kind, slots in kinds.items() if bool((slots != NOBODY).any())}
+
+
+class DeviceSlots:
+    """Slots of the seats of a batch in buffers that do not move, for passes that are recorded and replayed.
+
+    Args:
+        seats: rows of the batch.
+        device: where the model is.
+    """
+
+    def __init__(self, seats: int, device: torch.device) -> None:
+        self._held = {kind: _Held(seats, device) for kind in ("vectors", "masks", "adapters")}
+        self._used: tuple[str, ...] = ()
+
+    def set(self, slots: RowSlots) -> None:
+        """Give the first seats the slots of these rows, and the others none."""
+        self._used = tuple(slots.by_kind)
+        for kind, held in self._held.items():
+            held.rows.fill_(NOBODY)
+            rows = getattr(slots, kind)
+            held.rows[: rows.shape[0]].copy_(rows, non_blocking=True)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that any row uses: a recording holds for these."""
+        return self._used
+
+    @property
+    def by_kind(self) -> dict[str, _Held]:
+        """As `RowSlots.by_kind`."""
+        return {kind: self._held[kind] for kind in self._used}
+
+    def begin(self) -> None:
+        """A pass begins: what was spread over the tokens of another one is not this one's."""
+        for held in self._held.values():
+            held.spread.clear()
+
+
+class _Held:
+    """The slots of one kind in a buffer; spread over tokens by operators, which a recording repeats."""
+
+    def __init__(self, seats: int, device: torch.device) -> None:
+        self.rows = torch.full((seats,), NOBODY, dtype=torch.int32, device=device)
+        self.spread: dict[int, torch.Tensor] = {}
+
+    @property
+    def used(self) -> set[int]:
+        """The slots that rows carry."""
+        return set(self.rows.tolist()) - {NOBODY}
+
+    def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """Slots [batch * length], row-major."""
+        if batch != self.rows.shape[0]:
+            raise PersonafastError(f"personas: {self.rows.shape[0]} rows were prepared for a batch of {batch}")
+        if length not in self.spread:
+            self.spread[length] = self.rows[:, None].expand(-1, length).reshape(-1)
+        return self.spread[length]

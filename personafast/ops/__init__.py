@@ -11,6 +11,7 @@ from personafast.ops._attend import attend
 from personafast.ops._backend import BACKENDS, available, chosen, use_backend
 from personafast.ops._chunk_accept import chunk_accept
 from personafast.ops._chunk_scores import chunk_scores
+from personafast.ops._chunk_scores_accept import chunk_scores_accept
 from personafast.ops._inject import inject_
 from personafast.ops._linear import linear
 from personafast.ops._lora_delta import lora_delta_
@@ -34,6 +35,7 @@ __all__ = [
     "chosen",
     "chunk_accept",
     "chunk_scores",
+    "chunk_scores_accept",
     "compress",
     "inject_",
     "linear",

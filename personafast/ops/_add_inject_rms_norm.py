@@ -138,6 +138,13 @@ def _run(
             if wrong >= 0:
                 check_slot_range(op, "slots", slots, bank.shape[0])
             return normed, residual_out
+    if backend == "triton":
+        if update.dtype != torch.float64:
+            fused: tuple[torch.Tensor, torch.Tensor] = _backend.module("triton").add_inject_rms_norm(
+                update, residual, bank, slots, scale, weight, eps
+            )
+            return fused
+        _backend.refuse(op, "dtype torch.float64")
     return reference(update, residual, bank, slots, scale, weight, eps)
 
 
@@ -159,7 +166,7 @@ _op = register(
     " float eps) -> (Tensor, Tensor)",
     _run,
     _fake,
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "triton", "cuda"),
 )
 
 
@@ -182,6 +189,8 @@ def add_inject_rms_norm(
     and both products are in fp32 and `normed` is rounded once. Against the sequence of three operators this saves the
     rounding between the addition and the injection; engines that round before they multiply by the weight (Hugging
     Face's Llama, vLLM) round `normed` once more.
+
+    On a GPU it is one launch of a Triton kernel, which reads each row once and writes it twice.
 
     The weight multiplies as it is: for Gemma's norm, whose factor is 1 + weight, hand in 1 + weight, best in float32.
 

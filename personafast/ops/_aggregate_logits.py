@@ -17,6 +17,9 @@ _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # A geometric blend whose weights sum to 1 up to rounding leaves nothing of the reference: it is no member then.
 REFERENCE_SHARE = 1e-6
 
+# Policies whose logits of a block of tokens the Triton kernel keeps in registers.
+MOST_MEMBERS = 32
+
 
 def _validate(
     ref: torch.Tensor,
@@ -237,7 +240,11 @@ def _kernel_refuses(
         return "dtype torch.float64"
     small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and min_p.is_cpu and (carried is None or carried.is_cpu)
     if not (ref.is_cpu and policies.is_cpu and small):
-        return "tensors of several devices"
+        # A GPU's, or of several devices.
+        device = ref.device
+        others = (policies, weights, aggregator, p, min_p, ref if carried is None else carried)
+        if any(tensor.device != device for tensor in others):
+            return "tensors of several devices"
     return None
 
 
@@ -300,6 +307,16 @@ def _run(
         if why is None:
             return _cpp(ref, policies, weights, carried, aggregator, p, min_p)
         _backend.refuse(_OP, why)
+    elif backend == "triton":
+        kernels = _backend.module("triton")
+        why = _kernel_refuses(ref, policies, weights, carried, aggregator, p, min_p)
+        if why is None and policies.shape[0] > MOST_MEMBERS:
+            why = f"more than {MOST_MEMBERS} policies"
+        if why is None:
+            rules_in_use(_OP, aggregator, weights, p)
+            _check_min_p(min_p)
+            return kernels.aggregate_logits(ref, policies, weights, carried, aggregator, p, min_p)
+        _backend.refuse(_OP, why)
     form = reference if backend == "reference" else _vectorised
     return form(ref, policies, weights, carried, aggregator, p, min_p)
 
@@ -322,7 +339,7 @@ _op = register(
     " Tensor min_p) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
@@ -354,7 +371,9 @@ def aggregate_logits(
     share, 1 - sum_i w_i > 1e-6, or where every weight is zero: the target is then the reference under every rule. A
     member of weight zero counts for nothing, infinite logits included. At min_p = 0 one policy at weight 1 gives
     log_softmax of its logits, bit for bit in torch (the backend `reference`, and where no kernel runs) and up to
-    rounding under JENSEN_SHANNON and in the C++ kernel.
+    rounding under JENSEN_SHANNON and in the kernels.
+
+    On a GPU three launches of Triton serve up to 32 policies.
 
     A row of which no token is left, for want of a token that all members allow or because the mask closes every
     one, is -inf everywhere: such a target has no support, and nothing takes its place.

@@ -5,28 +5,43 @@ from __future__ import annotations
 import torch
 
 from personafast.ops import _backend
-from personafast.ops._library import FLOATS, check_dims, check_dtype, check_float, check_no_grad, check_shape, register
+from personafast.ops._library import (
+    FLOATS,
+    check_devices,
+    check_dims,
+    check_dtype,
+    check_float,
+    check_no_grad,
+    check_shape,
+    register,
+)
 
 _OP = "chunk_accept"
 
+# A program of the Triton kernels keeps a row in registers. An estimate: no GPU has measured it.
+LIMIT = _backend.Limit(1 << 14, "numbers a row")
 
-def _validate(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> None:
+
+def validate(
+    op: str, scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
+) -> None:
+    """What `op`, which is `chunk_accept` or has it for its end, asks of these arguments."""
     # Checked in line and explained only when something is wrong: the checks are a good part of a call this small.
     if torch.is_grad_enabled():
-        check_no_grad(_OP, scores, log_bound, log_u)
+        check_no_grad(op, scores, log_bound, log_u)
     if scores.dim() != 2:
-        check_dims(_OP, "scores", scores, 2, "[B, k]")
+        check_dims(op, "scores", scores, 2, "[B, k]")
     if scores.dtype not in FLOATS or log_bound.dtype not in FLOATS or log_u.dtype not in FLOATS:
-        check_float(_OP, "scores", scores)
-        check_float(_OP, "log_bound", log_bound)
-        check_float(_OP, "log_u", log_u)
+        check_float(op, "scores", scores)
+        check_float(op, "log_bound", log_bound)
+        check_float(op, "log_u", log_u)
     shape = scores.shape
     if log_bound.shape != shape or log_u.shape != shape:
-        check_shape(_OP, "log_bound", log_bound, tuple(shape), "[B, k]")
-        check_shape(_OP, "log_u", log_u, tuple(shape), "[B, k]")
+        check_shape(op, "log_bound", log_bound, tuple(shape), "[B, k]")
+        check_shape(op, "log_u", log_u, tuple(shape), "[B, k]")
     if lengths.dtype != torch.int32 or lengths.shape != shape[:1]:
-        check_dtype(_OP, "lengths", lengths, torch.int32)
-        check_shape(_OP, "lengths", lengths, (shape[0],), "[B]")
+        check_dtype(op, "lengths", lengths, torch.int32)
+        check_shape(op, "lengths", lengths, (shape[0],), "[B]")
 
 
 def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -88,19 +103,29 @@ def _cpp(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, len
     return accepted
 
 
-def _run(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    _validate(scores, log_bound, log_u, lengths)
-    backend = _backend.pick(_OP, scores.device.type)
+def run(
+    op: str, scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """`chunk_accept` of valid arguments, on the backend that is picked for `op`."""
+    backend = _backend.pick(op, scores.device.type, scores.shape[1])
     if backend == "cpu":
         why = _kernel_refuses(scores, log_bound, log_u, lengths)
         if why is None:
             return _cpp(scores, log_bound, log_u, lengths)
-        _backend.refuse(_OP, why)
+        _backend.refuse(op, why)
+    elif backend == "triton":
+        check_devices(op, scores.device, log_bound=log_bound, log_u=log_u, lengths=lengths)
+        return _backend.module("triton").chunk_accept(scores, log_bound, log_u, lengths)
     return (reference if backend == "reference" else _vectorised)(scores, log_bound, log_u, lengths)
 
 
+def _run(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    validate(_OP, scores, log_bound, log_u, lengths)
+    return run(_OP, scores, log_bound, log_u, lengths)
+
+
 def _fake(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    _validate(scores, log_bound, log_u, lengths)
+    validate(_OP, scores, log_bound, log_u, lengths)
     return lengths.new_empty(lengths.shape)
 
 
@@ -108,7 +133,8 @@ _op = register(
     "chunk_accept(Tensor scores, Tensor log_bound, Tensor log_u, Tensor lengths) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
+    limits={"triton": LIMIT},
 )
 
 
@@ -119,7 +145,8 @@ def chunk_accept(
 
     The largest j <= lengths[b] with log_u[b, j - 1] < scores[b, j - 1] - log_bound[b, j - 1], or 0 if there is none:
     the whole chunk is tried first, then shorter prefixes. Compared in fp32, or in float64 if one of the three is. A
-    comparison with NaN rejects; a bound of -inf accepts any score that is not -inf.
+    comparison with NaN rejects; a bound of -inf accepts any score that is not -inf. On a GPU one launch, or none of its
+    own in `chunk_scores_accept`.
 
     Args:
         scores: floating [B, k] from `chunk_scores`.

@@ -8,7 +8,16 @@ import torch
 
 from personafast.ops import _backend, _means
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
-from personafast.ops._library import FLOATS, check_dims, check_float, check_no_grad, check_shape, register
+from personafast.ops._chunk_accept import LIMIT
+from personafast.ops._library import (
+    FLOATS,
+    check_devices,
+    check_dims,
+    check_float,
+    check_no_grad,
+    check_shape,
+    register,
+)
 
 _OP = "chunk_scores"
 
@@ -16,7 +25,8 @@ _OP = "chunk_scores"
 WHOLE = 1e-6
 
 
-def _validate(
+def validate(
+    op: str,
     ref_logp: torch.Tensor,
     policy_logp: torch.Tensor,
     weights: torch.Tensor,
@@ -24,27 +34,28 @@ def _validate(
     aggregator: torch.Tensor,
     p: torch.Tensor,
 ) -> None:
+    """What `op`, which is `chunk_scores` or has it for its beginning, asks of these arguments."""
     # Checked in line and explained only when something is wrong: the checks are a good part of a call this small.
     if torch.is_grad_enabled():
-        check_no_grad(_OP, ref_logp, policy_logp, weights, carried)
+        check_no_grad(op, ref_logp, policy_logp, weights, carried)
     if ref_logp.dim() != 2 or policy_logp.dim() != 3:
-        check_dims(_OP, "ref_logp", ref_logp, 2, "[B, k]")
-        check_dims(_OP, "policy_logp", policy_logp, 3, "[N, B, k]")
+        check_dims(op, "ref_logp", ref_logp, 2, "[B, k]")
+        check_dims(op, "policy_logp", policy_logp, 3, "[N, B, k]")
     if ref_logp.dtype not in FLOATS or policy_logp.dtype not in FLOATS:
-        check_float(_OP, "ref_logp", ref_logp)
-        check_float(_OP, "policy_logp", policy_logp)
+        check_float(op, "ref_logp", ref_logp)
+        check_float(op, "policy_logp", policy_logp)
     batch, chunk = ref_logp.shape
     members = policy_logp.shape[0]
     if policy_logp.shape != (members, batch, chunk):
-        check_shape(_OP, "policy_logp", policy_logp, (members, batch, chunk), "[N, B, k]")
+        check_shape(op, "policy_logp", policy_logp, (members, batch, chunk), "[N, B, k]")
     if (
         weights.dtype not in FLOATS
         or weights.shape != (batch, members)
         or (carried is not None and (carried.dtype not in FLOATS or carried.shape != (batch, members)))
     ):
-        check_members(_OP, batch, members, weights, carried)
+        check_members(op, batch, members, weights, carried)
     if aggregator.dtype != torch.int32 or aggregator.shape != (batch,) or p.dtype not in FLOATS or p.shape != (batch,):
-        check_rule_shapes(_OP, batch, aggregator, p)
+        check_rule_shapes(op, batch, aggregator, p)
 
 
 def reference(
@@ -151,6 +162,31 @@ def _cpp(
     return scores
 
 
+def run(
+    op: str,
+    ref_logp: torch.Tensor,
+    policy_logp: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    p: torch.Tensor,
+) -> torch.Tensor:
+    """`chunk_scores` of valid arguments, on the backend that is picked for `op`."""
+    backend = _backend.pick(op, ref_logp.device.type, policy_logp.shape[0] * policy_logp.shape[2])
+    if backend == "cpu":
+        small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
+        if ref_logp.is_cpu and policy_logp.is_cpu and small:
+            return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
+        _backend.refuse(op, "tensors of several devices")
+    elif backend == "triton":
+        others = {"policy_logp": policy_logp, "weights": weights, "carried": carried}
+        check_devices(op, ref_logp.device, **others, aggregator=aggregator, p=p)
+        rules_in_use(op, aggregator, weights, p)
+        return _backend.module("triton").chunk_scores(ref_logp, policy_logp, weights, carried, aggregator, p)
+    form = reference if backend == "reference" else _vectorised
+    return form(ref_logp, policy_logp, weights, carried, aggregator, p)
+
+
 def _run(
     ref_logp: torch.Tensor,
     policy_logp: torch.Tensor,
@@ -159,15 +195,8 @@ def _run(
     aggregator: torch.Tensor,
     p: torch.Tensor,
 ) -> torch.Tensor:
-    _validate(ref_logp, policy_logp, weights, carried, aggregator, p)
-    backend = _backend.pick(_OP, ref_logp.device.type)
-    if backend == "cpu":
-        small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
-        if ref_logp.is_cpu and policy_logp.is_cpu and small:
-            return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
-        _backend.refuse(_OP, "tensors of several devices")
-    form = reference if backend == "reference" else _vectorised
-    return form(ref_logp, policy_logp, weights, carried, aggregator, p)
+    validate(_OP, ref_logp, policy_logp, weights, carried, aggregator, p)
+    return run(_OP, ref_logp, policy_logp, weights, carried, aggregator, p)
 
 
 def _fake(
@@ -178,7 +207,7 @@ def _fake(
     aggregator: torch.Tensor,
     p: torch.Tensor,
 ) -> torch.Tensor:
-    _validate(ref_logp, policy_logp, weights, carried, aggregator, p)
+    validate(_OP, ref_logp, policy_logp, weights, carried, aggregator, p)
     return ref_logp.new_empty(ref_logp.shape, dtype=torch.float32)
 
 
@@ -187,7 +216,8 @@ _op = register(
     " -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
+    limits={"triton": LIMIT},
 )
 
 
@@ -214,7 +244,7 @@ def chunk_scores(
     A weight of zero leaves its member out, and without members S = 0, the reference itself. A token that a member
     cannot produce makes that member's L -inf from there on, and S with it under every rule but LINEAR, MAX and POWER
     with p > 0, where it adds nothing; after a token that the reference cannot propose S is -inf. No NaN comes out
-    unless one goes in.
+    unless one goes in. On a GPU one launch, which `chunk_scores_accept` makes of this and `chunk_accept` together.
 
     Args:
         ref_logp: floating [B, k], the reference's log probability of each token.

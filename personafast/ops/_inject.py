@@ -114,6 +114,7 @@ def inject_(
 
     hidden[t] += scale[t] * bank[slots[t]], summed in fp32 and rounded once. A linear blend of vectors is one row of
     the bank, so the cost depends neither on how many vectors a persona blends nor on how many personas share a batch.
+    On a GPU it is one launch of a Triton kernel.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64; rows may be strided. Changed in place.

@@ -281,6 +281,11 @@ def _run(
     if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
+    if backend == "triton":
+        if x.dtype in _KERNEL_DTYPES:
+            _backend.module("triton").lora_delta_(out, x, A, B, slots, scale, ranks)
+            return
+        _backend.refuse("lora_delta_", f"dtype {x.dtype}")
     if backend == "cpu":
         why = _kernel_refuses(out, x, A, B, slots, scale, ranks)
         if why is None:
@@ -313,7 +318,7 @@ _op = register(
     "lora_delta_(Tensor(a!) out, Tensor x, Tensor A, Tensor B, Tensor slots, Tensor scale, Tensor ranks) -> ()",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     limits={"cpu": _backend.Limit(KERNEL_WORK, "rows times rank")},
 )
 
@@ -333,7 +338,8 @@ def lora_delta_(
     Rows of different adapters may come in any order. On a CPU a C++ kernel takes up to T R = 1024, both sums in fp32
     and one rounding, if B is stored as the transposed view of an [M, R, O] tensor; stored otherwise, up to 256. Beyond,
     up to 32 rows and M R = 256 all adapters are one pair of matrix products; above there is one pair for each adapter
-    in use, without copies where its rows lie side by side.
+    in use, without copies where its rows lie side by side. On a GPU Triton kernels take every size, two launches or,
+    above 256 rows, four; float64 is one pair of matrix products over all adapters.
 
     Args:
         out: [T, O] in the dtype of `x`; rows may be strided. Changed in place.

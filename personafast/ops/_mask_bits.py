@@ -60,8 +60,12 @@ def _cpp_pack(mask: torch.Tensor) -> torch.Tensor:
 
 def _run_pack(mask: torch.Tensor) -> torch.Tensor:
     _validate_pack(mask)
-    if _backend.pick("pack_mask", mask.device.type) == "cpu":
+    backend = _backend.pick("pack_mask", mask.device.type)
+    if backend == "cpu":
         return _cpp_pack(mask)
+    if backend == "triton":
+        packed: torch.Tensor = _backend.module("triton").pack_mask(mask)
+        return packed
     return pack_reference(mask)
 
 
@@ -96,6 +100,9 @@ def _run_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     backend = _backend.pick("unpack_mask", packed.device.type)
     if backend == "cpu":
         return _cpp_unpack(packed, features)
+    if backend == "triton":
+        mask: torch.Tensor = _backend.module("triton").unpack_mask(packed, features)
+        return mask
     if backend == "reference":
         return unpack_reference(packed, features)
     return unpack(packed, features).clone(memory_format=torch.contiguous_format)
@@ -106,14 +113,16 @@ def _fake_unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     return packed.new_empty((packed.shape[0], features), dtype=torch.bool)
 
 
-_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack, kernels=("cpu",))
-_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack, kernels=("cpu",))
+_KERNELS = ("cpu", "triton")
+_pack = register("pack_mask(Tensor mask) -> Tensor", _run_pack, _fake_pack, _KERNELS)
+_unpack = register("unpack_mask(Tensor packed, SymInt features) -> Tensor", _run_unpack, _fake_unpack, _KERNELS)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a boolean mask along its input features, least significant bit first.
 
-    Bit j of word w of row o is mask[o, 32 w + j]; the bits beyond I are zero.
+    Bit j of word w of row o is mask[o, 32 w + j]; the bits beyond I are zero. On a GPU it is one launch of a Triton
+    kernel.
 
     Args:
         mask: bool [O, I].
@@ -128,7 +137,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(packed: torch.Tensor, features: int) -> torch.Tensor:
-    """Undo `pack_mask`.
+    """Undo `pack_mask`; on a GPU, one launch of a Triton kernel.
 
     Args:
         packed: int32 [O, ceil(I / 32)]; bits beyond I are ignored.

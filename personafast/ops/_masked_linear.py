@@ -174,10 +174,11 @@ def _run(
     backend = _backend.pick("masked_linear", x.device.type, x.shape[0])
     if backend == "reference":
         return reference(x, weight, masks, slots, gamma, bias)
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         why = _kernel_refuses(x, weight)
         if why is None:
-            return _cpp(x, weight, masks, slots, gamma, bias)
+            kernel = _cpp if backend == "cpu" else _backend.module("triton").masked_linear
+            return kernel(x, weight, masks, slots, gamma, bias)
         _backend.refuse("masked_linear", why)
     return _grouped(x, weight, masks, slots, gamma, bias)
 
@@ -237,7 +238,7 @@ _op = register(
     " -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
     limits={"cpu": _backend.Limit(KERNEL_ROWS)},
 )
 
@@ -255,7 +256,8 @@ def masked_linear(
     y[t] = (weight * (m + gamma[s] (1 - m))) x[t] + bias with s = slots[t] and m = masks[s]; s = -1 is the dense layer.
     Without gamma a masked-out weight takes no part at all: it may be infinite or NaN. Sums are in fp32 and rounded
     once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and persona; more rows are
-    grouped by mask, one matrix product a distinct mask.
+    grouped by mask, one matrix product a distinct mask. On a GPU few rows take one pass over the weight for every 8,
+    and many rows are grouped by mask on the device, which the host does not wait for, and go to the tensor cores.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

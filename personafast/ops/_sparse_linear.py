@@ -65,7 +65,10 @@ def _compress_cpp(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
 
 def _run_compress(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _validate_compress(weight, mask)
-    if _backend.pick("compress", weight.device.type) == "cpu":
+    backend = _backend.pick("compress", weight.device.type)
+    if backend == "triton":
+        return _backend.module("triton").compress(weight, mask)
+    if backend == "cpu":
         if weight.dtype not in _KERNEL_DTYPES:
             _backend.refuse("compress", f"dtype {weight.dtype}")
         elif weight.stride(1) != 1 and weight.shape[1] > 1:
@@ -244,6 +247,11 @@ def _run(
         if why is None:
             return _cpp(x, values, bitmap, row_offsets, bias)
         _backend.refuse("sparse_linear", why)
+    elif backend == "triton":
+        if values.dtype in _KERNEL_DTYPES:
+            _check_offsets(row_offsets, values.numel())
+            return _backend.module("triton").sparse_linear(x, values, bitmap, row_offsets, bias)
+        _backend.refuse("sparse_linear", f"dtype {values.dtype}")
     _check_offsets(row_offsets, values.numel())
     return F.linear(x, _dense(values, bitmap, row_offsets, x.shape[1], x.dtype), bias)
 
@@ -260,18 +268,23 @@ def _fake(
 
 
 _compress = register(
-    "compress(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor)", _run_compress, _fake_compress, kernels=("cpu",)
+    "compress(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor)",
+    _run_compress,
+    _fake_compress,
+    kernels=("cpu", "triton"),
 )
 _sparse = register(
     "sparse_linear(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias=None) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
 def compress(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weights a mask keeps, and where they stood: 9 bits a weight at 16 bit and 50 %.
+
+    On a GPU the host waits for the number of values: this prepares a layer, and cannot be captured in a graph.
 
     Args:
         weight: [O, I] float32, bfloat16, float16 or float64.
@@ -297,7 +310,9 @@ def sparse_linear(
     """A linear layer that reads only the weights of one persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * mask) x[t] + bias with (values, bitmap, row_offsets) = compress(weight, mask). Sums are in fp32 and
-    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time.
+    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time. On a GPU a
+    Triton kernel reads the same for 8 rows at a time; above 48 rows the dense weight is put together in memory for the
+    call.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.
@@ -311,8 +326,8 @@ def sparse_linear(
 
     Raises:
         PersonafastError: a shape, dtype or device does not fit, an input requires a gradient, or (on a CPU)
-            `row_offsets` fall or leave `values`. A bitmap that keeps more than its row of `values` has gives a wrong
-            result, but nothing outside `values` is read.
+            `row_offsets` fall or leave `values`. A bitmap that keeps more than its row of `values` has, and on a GPU
+            wrong `row_offsets`, give a wrong result, but nothing outside `values` is read.
     """
     if _serves(x, values, bitmap, row_offsets, bias):
         return _cpp(x, values, bitmap, row_offsets, bias)

@@ -164,6 +164,11 @@ def _run(
                 check_slot_range("steer_", "slots", slots, directions.shape[0])
                 _check_modes(slots, mode)
             return
+    if backend == "triton":
+        if hidden.dtype != torch.float64:
+            _backend.module("triton").steer_(hidden, directions, slots, mode, params, scale)
+            return
+        _backend.refuse("steer_", "dtype torch.float64")
     reference(hidden, directions, slots, mode, params, scale)
 
 
@@ -184,7 +189,7 @@ _op = register(
     "steer_(Tensor(a!) hidden, Tensor directions, Tensor slots, Tensor modes, Tensor params, Tensor? scale=None) -> ()",
     _run,
     _fake,
-    kernels=("cpu", "cuda"),
+    kernels=("cpu", "triton", "cuda"),
 )
 
 
@@ -216,7 +221,8 @@ def steer_(
     Sums are in fp32 (float64 for float64) and so are the results until each element is rounded once. Squares must not
     leave the range of fp32: |d| and |h| between 1e-18 and 1e19; a shorter d counts as 0.
 
-    Where a block hands on (hidden, residual), the row to steer is their sum.
+    On a GPU it is one launch of a Triton kernel, whatever modes are in use. Where a block hands on (hidden, residual),
+    the row to steer is their sum.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64; rows may be strided. Changed in place.

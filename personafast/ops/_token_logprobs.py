@@ -24,6 +24,9 @@ _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to here the C++ kernel, bound by reading the head, wins; above, the matrix product of the BLAS.
 KERNEL_ROWS = 128
 
+# Above, the products of cuBLAS should save more than stored logits cost: an estimate, which no GPU has measured yet.
+TRITON_ROWS = 256
+
 # Logits of the torch form alive at one time, in elements: 64 MiB of fp32.
 BLOCK_LOGITS = 1 << 24
 
@@ -79,7 +82,13 @@ def _logp(
         logits = softcap * torch.tanh(logits / softcap)
     if temperature is not None:
         logits = logits / temperature[:, None]
-    return logits.log_softmax(-1).gather(1, tokens.long()[:, None])[:, 0].float()
+    logp, index = logits.log_softmax(-1), tokens.long()[:, None]
+    if tokens.device.type == "cpu":
+        return logp.gather(1, index)[:, 0].float()
+    # A token that is none would end the context there.
+    known = (index >= 0) & (index < logp.shape[1])
+    found = logp.gather(1, index.clamp(0, logp.shape[1] - 1))
+    return torch.where(known, found, float("nan"))[:, 0].float()
 
 
 def reference(
@@ -182,6 +191,13 @@ def _run(
         if why is None:
             return _cpp(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
         _backend.refuse(_OP, why)
+    elif backend == "triton":
+        why = _kernel_refuses(hidden, lm_head)
+        if why is None:
+            _check_values(lm_head, tokens, temperature)
+            kernel = _backend.module("triton").token_logprobs
+            return kernel(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
+        _backend.refuse(_OP, why)
     form = reference if backend == "reference" else _blocked
     return form(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)
 
@@ -204,8 +220,8 @@ _op = register(
     " float logit_scale=1.0, float softcap=0.0) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu",),
-    limits={"cpu": _backend.Limit(KERNEL_ROWS)},
+    kernels=("cpu", "triton"),
+    limits={"cpu": _backend.Limit(KERNEL_ROWS), "triton": _backend.Limit(TRITON_ROWS)},
 )
 
 
@@ -223,7 +239,8 @@ def token_logprobs(
     l = logit_scale (lm_head hidden[t] + bias); l = softcap tanh(l / softcap) if softcap > 0; the result is
     log_softmax(l / temperature[t])[tokens[t]] in fp32. On a CPU and up to 128 rows a C++ kernel keeps a running maximum
     and sum of exponentials for each of 64 parts of the vocabulary: fp32 logits that are never stored, O(T) extra
-    memory. More rows take a matrix product, with at most 64 MiB of logits alive at a time.
+    memory. On a GPU, up to 256 rows, a Triton kernel multiplies on the tensor cores and keeps maxima and sums of tiles
+    of 128 tokens, V T / 64 numbers. More rows take a matrix product, with at most 64 MiB of logits alive at a time.
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64, after the final norm.
@@ -239,6 +256,6 @@ def token_logprobs(
 
     Raises:
         PersonafastError: a shape or dtype does not fit, an input requires a gradient, or (on a CPU) a token is outside
-            [0, V) or a temperature not positive.
+            [0, V) or a temperature not positive. On a GPU the result of such a token is NaN.
     """
     return _op(hidden, lm_head, tokens, temperature, bias, logit_scale, softcap)

@@ -10,6 +10,7 @@ import torch
 from personafast.ops import _backend, philox
 from personafast.ops._library import (
     FLOATS,
+    check_devices,
     check_dims,
     check_dtype,
     check_float,
@@ -284,6 +285,26 @@ def _cpp(
     return out, accepted
 
 
+def _triton(
+    target_logp: torch.Tensor,
+    draft_logp: torch.Tensor | None,
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    block: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    others = {"draft_logp": draft_logp, "lengths": lengths, "seeds": seeds, "positions": positions}
+    check_devices(_OP, target_logp.device, tokens=tokens, **others)
+    _check_values(tokens, lengths, target_logp.shape[2])
+    out, accepted = _backend.module("triton").verify_draft(
+        target_logp, draft_logp, tokens, lengths, seeds, positions, block
+    )
+    if out.is_cpu:
+        _check_drawn(out.gather(1, accepted[:, None].long())[:, 0])
+    return out, accepted
+
+
 def _run(
     target_logp: torch.Tensor,
     draft_logp: torch.Tensor | None,
@@ -300,6 +321,10 @@ def _run(
         if why is None:
             return _cpp(target_logp, draft_logp, tokens, lengths, seeds, positions, block)
         _backend.refuse(_OP, why)
+    elif backend == "triton":
+        if torch.float64 not in (target_logp.dtype, None if draft_logp is None else draft_logp.dtype):
+            return _triton(target_logp, draft_logp, tokens, lengths, seeds, positions, block)
+        _backend.refuse(_OP, "dtype torch.float64")
     form = reference if backend == "reference" else _vectorised
     return form(target_logp, draft_logp, tokens, lengths, seeds, positions, block)
 
@@ -322,7 +347,7 @@ _op = register(
     " Tensor positions, bool block) -> (Tensor, Tensor)",
     _run,
     _fake,
-    kernels=("cpu",),
+    kernels=("cpu", "triton"),
 )
 
 
@@ -352,6 +377,9 @@ def verify_draft(
     drafted again in the next round must be new. The drawn token is that of stream 0 at its own place,
     positions[b] + accepted[b], as in the sampler `direct`; the draft itself must come from other streams. It is found
     by inverting the distribution function, and a token of probability zero is never drawn.
+
+    On a GPU the Triton kernel takes two launches, and as a block leaves out places that cannot stand where the target's
+    probabilities sum to less than 9/8.
 
     Args:
         target_logp: floating [B, k + 1, V] normalised log probabilities; -inf for a token that cannot be. That they are

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from personafast.ops import _backend
-from personafast.ops._library import check_dtype, check_shape, fail
+from personafast.ops._library import PLAIN, check_device, check_dtype, check_shape, fail
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,7 +44,8 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 
     """Uniform numbers in the open interval (0, 1), the same bits on every device.
 
     Row b is keyed by seeds[b]; the Philox counter is (positions[b] low word, high word, stream, block), and a block
-    gives two numbers. Each is an odd multiple of 2**-53, so neither 0 nor 1 can occur and log(u) is finite.
+    gives two numbers. Each is an odd multiple of 2**-53, so neither 0 nor 1 can occur and log(u) is finite. On a GPU
+    it is one launch where Triton is installed.
 
     Args:
         seeds: int64 [B].
@@ -65,6 +68,8 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 
         fail("uniform", f"`stream` is {stream}, expected 0 to 2**32 - 1")
     if n < 0:
         fail("uniform", f"`n` is {n}, expected 0 or more")
+    if _kernel_takes(seeds, positions):
+        return _backend.module("triton").philox_uniform(seeds, positions, stream, n)
     if seeds.device.type == "cpu" and _backend.forced() != "reference" and _backend.available("cpu")[0]:
         out = torch.empty((seeds.shape[0], n), dtype=torch.float64)
         seeds, positions = seeds.contiguous(), positions.contiguous()
@@ -73,6 +78,21 @@ def uniform(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 
         )
         return out
     return reference(seeds, positions, stream, n)
+
+
+def _kernel_takes(seeds: torch.Tensor, positions: torch.Tensor) -> bool:
+    """Whether the Triton kernel runs: for CUDA tensors, which torch takes some 40 launches for, or in the interpreter.
+
+    The numbers are the same everywhere, so a backend that has no kernel of its own is no reason to refuse.
+    """
+    name = _backend.forced()
+    if seeds.is_cpu:
+        if name != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
+            return False
+    elif not seeds.is_cuda or name not in (None, "triton") or not _backend.available("triton")[0]:
+        return False
+    check_device("uniform", "positions", positions, seeds.device)
+    return type(seeds) in PLAIN and type(positions) in PLAIN and not torch.compiler.is_compiling()
 
 
 def reference(seeds: torch.Tensor, positions: torch.Tensor, stream: int, n: int = 1) -> torch.Tensor:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,7 @@ def doubled(name="double", run=None, **changes):
 
 def options(tmp_path, **changes):
     values = {"rehearse": True, "out": tmp_path, "only": None, "minutes": 1.0, "seed": 3, "resume": False}
+    values |= {"part": "kernels", "checks_only": False}
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -345,3 +347,47 @@ def test_facts_and_ceilings_of_a_gpu(cuda, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.ceilings.COPY_BYTES", 1 << 12)
     monkeypatch.setattr(devices.Cuda, "sample", lambda self, run, buffers: lambda: 1e-6)
     assert ceilings(cuda) == {"copy_gb_s": 8.192, "matrix_tflop_s": 0.06554, "graph_node_us": 1.0}
+
+
+def test_a_scene_is_decoded_and_compared(rehearsal, monkeypatch):
+    from benchmarks.gpu import decoding
+
+    monkeypatch.setattr(decoding, "TOKENS", 6)
+    scene = next(scene for scene in decoding.SCENES if scene.name == "direct-8b-lora4")
+    record = decoding.run(scene, rehearsal)
+    assert all(entry["tokens_per_s"] > 0 for entry in record["contenders"].values())
+    (found,) = record["comparisons"]
+    assert found["goal"] == 0.85 and found["times_faster"] > 0
+    report = {"name": scene.name, **record, "comparisons": [{**found, "times_faster": 0.5}]}
+    assert list(misses(report)) == [
+        "direct-8b-lora4: direct, 4 LoRA policies 0.500x of captured, reference alone, goal 0.850x"
+    ]
+
+
+def test_replays_are_compared_with_calls(rehearsal):
+    from benchmarks.gpu import decoding
+
+    assert decoding.same_texts(rehearsal)["samplers"] == ["direct", "verify", "block"]
+
+
+def test_seconds_a_token_are_those_between_the_first_few_and_the_last(monkeypatch):
+    from benchmarks.gpu import decoding
+
+    clock = iter(range(100))
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: float(next(clock)))
+    stamps = decoding.Stamps(2)
+    stamps.put(torch.zeros(2, 7))
+    for _ in range(10):
+        stamps.put(torch.zeros(2))
+    assert stamps.seconds() == 1.0
+
+
+def test_the_sanitizer_runs_the_small_cases_and_its_summaries_are_read():
+    from benchmarks.gpu import sanitize
+
+    words = sanitize.command("compute-sanitizer", "racecheck", Path("out"), "inject_")
+    assert words[:3] == ["compute-sanitizer", "--tool", "racecheck"]
+    assert "--checks-only" in words and words[-2:] == ["--only", "inject_"]
+    assert sanitize.errors("========= ERROR SUMMARY: 3 errors") == 3
+    assert sanitize.errors("========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)") == 2
+    assert sanitize.errors("========= ERROR SUMMARY: 0 errors") == 0

@@ -210,3 +210,25 @@ def test_a_rehearsal_is_no_result(tmp_path):
         (tmp_path / name / "gpu.json").write_text(json.dumps({**gpu(), "rehearsal": rehearsal}))
     (found,) = gpu_page.load(tmp_path)
     assert found["hardware"]["gpu"] == "NVIDIA X" and not found["rehearsal"]
+
+
+def test_decoding_on_a_gpu_has_a_section_of_its_own():
+    report = {
+        **gpu(),
+        "cases": [
+            {
+                "name": "decode-8b",
+                "rows": 1,
+                "contenders": {
+                    "captured": {"ms_a_token": 4.25, "tokens_per_s": 235.3},
+                    "compiled": {"absent": "RuntimeError: no"},
+                },
+                "comparisons": [{"contender": "captured", "baseline": "eager", "times_faster": 2.5, "goal": 2.0}],
+            },
+            {"name": "steered", "failed": "KernelError: no"},
+        ],
+    }
+    text = page([], [report])
+    assert "## NVIDIA X: decoding" in text and "| captured |  | 4.250 ms | 235 |" in text
+    assert "| compiled |  | RuntimeError: no |  |" in text
+    assert "- captured: 2.50x eager, goal 2.00x: met" in text and "`steered`: FAILED: KernelError: no" in text

@@ -5,7 +5,7 @@ import torch
 from helpers import tiny
 
 from personafast.errors import UnsupportedModelError
-from personafast.models.cache import RaggedContext
+from personafast.models.context import RaggedContext
 
 
 def fresh(net, ids):

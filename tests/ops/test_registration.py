@@ -40,6 +40,17 @@ def arguments():
         ),
         "chunk_scores": (normal(2, 4), normal(3, 2, 4), normal(2, 3).abs(), normal(2, 3), int32(0, 2), torch.ones(2)),
         "chunk_accept": (normal(2, 4), normal(2, 4), normal(2, 4), int32(4, 2)),
+        "chunk_scores_accept": (
+            normal(2, 4),
+            normal(3, 2, 4),
+            normal(2, 3).abs(),
+            None,
+            int32(0, 2),
+            torch.ones(2),
+            normal(2, 4),
+            normal(2, 4),
+            int32(4, 2),
+        ),
         "aggregate_logits": (
             normal(2, 9),
             normal(3, 2, 9),

@@ -22,6 +22,10 @@ from benchmarks.gpu.offline import GPUS, launches, pretending
 from personafast.errors import BackendError, KernelError
 
 
+# What eight rows of 256 bf16 columns are launched with.
+CONFIG = inject_config(256, 2, True)
+
+
 def arguments(rows=8, hidden=256, scale=True, dtype=torch.bfloat16):
     return (
         meta(rows, hidden, dtype=dtype),
@@ -36,7 +40,7 @@ def test_what_the_driver_gets_is_the_call_in_order():
     assert made.kernel == "inject_kernel" and made.grid[0] == 8
     # Addresses (of meta tensors: 0), strides, slots, columns, and the constexpr parameters at the end.
     assert made.args[:8] == (0, 0, 0, 0, 256, 256, 4, 256)
-    assert made.args[8:] == inject_config(256).values
+    assert made.args[8:] == CONFIG.values
     (made,) = launches(lambda: inject_(*arguments(scale=False)), 90)
     assert made.args[3] is None
 
@@ -62,7 +66,7 @@ def test_every_gpu_gets_its_own_code():
 
 
 def test_integers_are_told_apart_as_triton_specialises_on_them():
-    config = inject_config(256)
+    config = CONFIG
 
     def code(columns, stride):
         args = (*arguments(1, 256), stride, 256, 4, columns)
@@ -102,7 +106,7 @@ def test_a_failed_launch_names_the_kernel_and_the_error_and_leaves_no_trace():
 
 
 def test_a_kernel_that_does_not_fit_is_named_and_not_kept():
-    config = launch.Config({"BLOCK": 1 << 21})
+    config = launch.Config({"BLOCK": 1 << 21, "EAGER": False})
     with pretending(90):
         before = dict(launch._resolved)
         with pytest.raises(KernelError, match="inject_kernel: launch of 8 x 1 x 1 .* failed: .*1048576"):
@@ -143,7 +147,7 @@ def test_a_profiler_sees_every_launch():
             inject_(*arguments())
         finally:
             knobs.runtime.launch_enter_hook.remove(seen.append)
-        assert len(stub.launches) == 1 and stub.launches[0].args[8:] == inject_config(256).values
+        assert len(stub.launches) == 1 and stub.launches[0].args[8:] == CONFIG.values
 
 
 def test_facts_of_the_device_are_those_of_the_driver():
@@ -155,7 +159,7 @@ def test_facts_of_the_device_are_those_of_the_driver():
 
 def test_launching_costs_the_host_less_than_tritons_own_way():
     args = arguments()
-    config = inject_config(256)
+    config = CONFIG
     with pretending(90) as stub:
 
         def ours():

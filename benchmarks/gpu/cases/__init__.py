@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 from benchmarks.gpu.case import GpuCase, Specimen
-from benchmarks.gpu.cases import inject
+from benchmarks.gpu.cases import (
+    add_inject_rms_norm,
+    aggregate_logits,
+    chunk_scores,
+    inject,
+    lora_delta,
+    mask_bits,
+    masked_linear,
+    sparse_linear,
+    steer,
+    token_logprobs,
+    verify_draft,
+)
 
-_MODULES = (inject,)
+_MODULES = (
+    add_inject_rms_norm,
+    aggregate_logits,
+    chunk_scores,
+    inject,
+    lora_delta,
+    mask_bits,
+    masked_linear,
+    sparse_linear,
+    steer,
+    token_logprobs,
+    verify_draft,
+)
 
 SPECIMENS: tuple[Specimen, ...] = tuple(specimen for module in _MODULES for specimen in module.SPECIMENS)
 

@@ -1,0 +1,27 @@
+"""What sparse_linear's machine code has to be for its speed, on GPUs that are not here."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("personafast._triton", reason="needs an installed personafast")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from benchmarks.gpu.cases.sparse_linear import SPECIMENS
+from benchmarks.gpu.offline import launches
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_one_warp_needs_no_barrier_no_conversion_and_the_older_matrix_instruction(capability):
+    (specimen,) = (s for s in SPECIMENS if s.name == "bfloat16, 1 rows x 14336 x 4096")
+    (launch,) = launches(specimen.call, capability)
+    assert launch.kernel == "sparse_linear_kernel"
+    # mma.sync takes its operands from registers of any warp, as wgmma does not: HMMA on every GPU.
+    assert launch.count(r"HMMA\.16816\.F32\.BF16") == 4
+    assert launch.count("BAR|STS|LDS") == 0 and launch.count("FFMA") == 0
+    assert launch.registers <= 64  # 32 warps a multiprocessor
+    loop = next(i for i, line in enumerate(launch.sass) if "LTC256B" in line or "U16.CONSTANT" in line)
+    last = max(i for i, line in enumerate(launch.sass) if "HMMA" in line)
+    assert last - loop < 10 * 32, "more than 10 instructions a weight"
