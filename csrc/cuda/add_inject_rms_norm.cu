@@ -15,7 +15,7 @@ namespace {
 using namespace cuda;
 
 template <Dtype D, Dtype B, Dtype W, int N, bool Whole>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     add_inject_rms_norm_kernel(const __grid_constant__ AddInjectRmsNormArgs a) {
   const int64_t t = blockIdx.x;
   const int64_t start = static_cast<int64_t>(threadIdx.x) * N;

@@ -131,7 +131,7 @@ enum class Reads {
 };
 
 template <Dtype H, Dtype D, int N, Reads R>
-__global__ void __launch_bounds__(kRowThreads) steer_kernel(const __grid_constant__ SteerArgs a) {
+__global__ void __launch_bounds__(kRowThreads, 1) steer_kernel(const __grid_constant__ SteerArgs a) {
   const int64_t t = blockIdx.x;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * N;
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
