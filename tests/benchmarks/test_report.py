@@ -233,3 +233,20 @@ def test_decoding_on_a_gpu_has_a_section_of_its_own():
     assert "## NVIDIA X: decoding" in text and "| captured |  | 4.250 ms | 235 |" in text
     assert "| compiled |  | RuntimeError: no |  |" in text
     assert "- captured: 2.50x eager, goal 2.00x: met" in text and "`steered`: FAILED: KernelError: no" in text
+
+
+def test_a_cache_that_is_too_slow_is_marked():
+    def record(slower):
+        ratio = {"median": slower, "low": slower - 0.01, "high": slower + 0.01}
+        return {
+            "rows": 1,
+            "length": 64,
+            "dynamic": {"ms": {"median": 20.0}},
+            "fixed": {"times_slower": {**ratio, "median": 1.0}},
+            "fixed, ragged rows": {"times_slower": ratio},
+        }
+
+    results = {"model": "x", "hardware": {"cpu": "c", "threads": 2}, "date": "d", "goal": 1.05}
+    text = page([], cache={**results, "records": [record(1.049), record(1.06)]})
+    assert "| 1 x 64 | 20.00 ms | 1.000x [1.039, 1.059] | 1.049x [1.039, 1.059] | met |" in text
+    assert "| 1.060x [1.050, 1.070] | **missed** |" in text
