@@ -273,8 +273,8 @@ class Rule:
         for rows, function in found.values():
             own = self.weights[rows[0]]
             used = own.nonzero().flatten()
-            parts = (self._send(part) for part in (torch.tensor(rows), used, own[used]))
-            served.append(_Served(*parts, function))
+            there = self._send(torch.tensor(rows)), self._send(used), self._send(own[used])
+            served.append(_Served(*there, function))
         return served
 
     def _custom_targets(
