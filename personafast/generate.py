@@ -275,6 +275,7 @@ def decode(
         [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))],
         (lambda tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
         may_shrink=all(isinstance(p, _STATELESS) for p in processors),
+        looked_at=any(type(p) not in _STATELESS for p in processors),
     )
     transcript.stats.notes.extend(options.notes)
     sampler = options.sampler

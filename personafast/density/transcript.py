@@ -98,6 +98,8 @@ class Transcript:
             all rows, where the models are; one whose `row_by_row` is true gets only those that were extended, on the
             CPU.
         on_tokens: called with the new tokens of every commit, for streaming.
+        may_shrink: let rows that have ended leave the batch.
+        looked_at: whether somebody looks at what `shown` gives.
 
     Attributes:
         limit: as given.
@@ -113,6 +115,7 @@ class Transcript:
         criteria: Sequence[Callable[..., Any]] = (),
         on_tokens: Callable[[torch.Tensor], None] | None = None,
         may_shrink: bool = True,
+        looked_at: bool = True,
     ) -> None:
         batch = prompt.shape[0]
         self.stats = GenerationStats(row_rounds=torch.zeros(batch, dtype=torch.long))
@@ -124,7 +127,7 @@ class Transcript:
         self._sent_eos = self.host.send(self._eos)
         self._criteria = list(criteria)
         self._on_tokens = on_tokens
-        self._may_shrink = may_shrink
+        self._may_shrink, self._looked_at = may_shrink, looked_at
         self._tokens = torch.zeros(batch, limit, dtype=torch.long)
         self._length = torch.zeros(batch, dtype=torch.long)
         self._done = torch.zeros(batch, dtype=torch.bool)
@@ -158,7 +161,9 @@ class Transcript:
         return self._aligned(self.alive, self.positions)
 
     def shown(self) -> torch.Tensor:
-        """`ids`, where the models are."""
+        """`ids`, where the models are; without columns if it is another device and nobody looks at them."""
+        if self.host.remote and not self._looked_at:
+            return torch.zeros(self.alive.numel(), 0, dtype=torch.long, device=self.host.device)
         return self.host.send(self.ids())
 
     def append(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
