@@ -7,7 +7,7 @@ import torch
 from helpers import remote, tiny, voices
 from helpers.remote import There
 from helpers.voices import NEW, PERSONAS, Recorder, chats, speak
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 import personafast as pf
 from personafast import generate, ops
@@ -177,6 +177,22 @@ def test_tokens_are_streamed_from_the_host(world, watch):
     assert len(recorders[0].seen) == len(recorders[1].seen) == NEW + 1
     assert all(torch.equal(a, b) for a, b in zip(*(found.seen for found in recorders), strict=True))
     assert len(watch.reads) == NEW and not watch.peeks
+
+
+def test_a_stopping_criterion_looks_at_the_device_on_its_own_account(world, watch):
+    asked = []
+
+    def stops(ids, scores, **_):
+        asked.append(type(ids))
+        return ids[:, -1] % 5 == 0
+
+    options = {"seed": 3, "max_new_tokens": 12, **SAMPLED}
+    here = world.on_cpu(PERSONAS["lora"], stopping_criteria=StoppingCriteriaList([stops]), **options)
+    asked.clear()
+    there = world.elsewhere(PERSONAS["lora"], stopping_criteria=StoppingCriteriaList([stops]), **options)
+    assert torch.equal(there.here, here) and here.shape[1] <= 12
+    assert set(asked) == {There} and watch.peeks == []
+    assert len(watch.reads) <= 12 + len(asked)
 
 
 class Nothing(LogitsProcessor):
