@@ -86,8 +86,8 @@ class _Call:
         self.min_p = options.min_p if options.min_p is not None else config.min_p
         self.processors = LogitsProcessorList(p for p in processors if not _makes_support(p, config))
         self.rule = make_rule(rows, self.min_p, options.policy_temperature, self.device)
-        self.draws = _draws(options, len(rows), self.device) if self.sampling else None
-        self._plain = _plain_min_p(rows, self.min_p, self.device) if self.sampling else None
+        self.draws = _draws(options, len(rows)) if self.sampling else None
+        self._plain = _plain_min_p(rows, self.min_p) if self.sampling else None
         self._scorers: list[ModelScorer] = []
 
     def run(self, sampler: str) -> None:
@@ -198,6 +198,7 @@ class _Call:
             stats=self.transcript.stats,
             device=self.device,
             room=self.transcript.limit + (self.options.chunk or _CHUNK) + 1,
+            host=self.transcript.host,
         )
         self._scorers.append(scorer)
         return scorer
@@ -209,7 +210,7 @@ class _Call:
     def _draft_min_p(self) -> torch.Tensor | None:
         """The target's own thresholds: what the support mask drops there is drafted in vain."""
         found = [_threshold(row, self.min_p) if row.members else 0.0 for row in self.rows]
-        return torch.tensor(found, dtype=torch.float32, device=self.device) if any(found) else None
+        return torch.tensor(found, dtype=torch.float32) if any(found) else None
 
     def _draft_process(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
         shared = LogitsProcessorList(p for p in self.processors if isinstance(p, _STATELESS))
@@ -219,21 +220,21 @@ class _Call:
         scores = self._processed(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
         if self._plain is None:
             return scores
-        return _keep_likely(scores, self._plain[self.transcript.alive])
+        return _keep_likely(scores, self.transcript.host.send(self._plain[self.transcript.alive]))
 
     def _processed(self, ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         """Scores [B, V] after the processors, which count columns and look for repetitions: no row may be filled up."""
         if all(isinstance(p, _STATELESS) for p in self.processors):
             return self.processors(ids, scores)
-        positions = self.transcript.positions
+        positions, host = self.transcript.positions, self.transcript.host
         short = positions.max() - positions  # ids are aligned at the right
         found: torch.Tensor | None = None
         for least in short[~self.transcript.ended].unique().tolist():
             # Every row keeps its place; those that are longer stand here with the beginning of their text.
-            columns = torch.arange(ids.shape[1] - least, device=ids.device) + short.clamp(max=least)[:, None]
+            columns = host.send(torch.arange(ids.shape[1] - least) + short.clamp(max=least)[:, None])
             # A copy, as in stock generate: a processor may write into what it is given.
             part = self.processors(cast(Any, ids.gather(1, columns)), cast(Any, scores.clone()))
-            found = part if found is None else torch.where((short == least)[:, None], part, found)
+            found = part if found is None else torch.where(host.send(short == least)[:, None], part, found)
         assert found is not None
         return found
 
@@ -274,6 +275,7 @@ def decode(
         [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))],
         (lambda tokens: streamer.put(tokens.cpu())) if streamer is not None else None,
         may_shrink=all(isinstance(p, _STATELESS) for p in processors),
+        looked_at=any(type(p) not in _STATELESS for p in processors),
     )
     transcript.stats.notes.extend(options.notes)
     sampler = options.sampler
@@ -324,13 +326,14 @@ def make_rule(rows: Sequence[Row], min_p: float | None, policy_temperature: floa
     exponents = [_POWERS.get(cast(str, name), row.p) for name, row in zip(names, rows, strict=True)]
     bases = [-1 if row.base is None else len(row.policies) for row in rows]
     return Rule(
-        weights.to(device),
-        torch.tensor(codes, dtype=torch.int32, device=device),
-        torch.tensor([_threshold(row, min_p) if row.members else 0.0 for row in rows], device=device),
+        weights,
+        torch.tensor(codes, dtype=torch.int32),
+        torch.tensor([_threshold(row, min_p) if row.members else 0.0 for row in rows]),
         policy_temperature,
-        torch.tensor(exponents, dtype=torch.float32, device=device),
-        torch.tensor(bases, device=device) if max(bases) >= 0 else None,
+        torch.tensor(exponents, dtype=torch.float32),
+        torch.tensor(bases) if max(bases) >= 0 else None,
         functions if any(functions) else None,
+        device=device,
     )
 
 
@@ -342,10 +345,10 @@ def _threshold(row: Row, min_p: float | None) -> float:
     return min_p if min_p is not None else (DEFAULT_MIN_P if row.has_ratios else 0.0)
 
 
-def _plain_min_p(rows: Sequence[Row], min_p: float | None, device: torch.device) -> torch.Tensor | None:
+def _plain_min_p(rows: Sequence[Row], min_p: float | None) -> torch.Tensor | None:
     """Min-p [B] of the rows that are one model: there it comes last, after the temperature, as in stock generate."""
     thresholds = [0.0 if row.members else _threshold(row, min_p) for row in rows]
-    return torch.tensor(thresholds, dtype=torch.float32, device=device) if any(thresholds) else None
+    return torch.tensor(thresholds, dtype=torch.float32) if any(thresholds) else None
 
 
 def _keep_likely(scores: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
@@ -374,7 +377,7 @@ def check_room(patch: Patch, rows: Sequence[Row], new: int) -> None:
             )
 
 
-def _draws(options: Options, rows: int, device: torch.device) -> Draws:
+def _draws(options: Options, rows: int) -> Draws:
     if options.seeds is not None:
         try:
             seeds = [operator.index(seed) for seed in options.seeds]
@@ -388,7 +391,7 @@ def _draws(options: Options, rows: int, device: torch.device) -> Draws:
         # Without a seed of its own a call follows torch.manual_seed, as stock generate does.
         base = options.seed if options.seed is not None else int(torch.randint(2**62, ()))
         seeds = [row_seed(int(base), row) for row in range(rows)]
-    return Draws(torch.tensor(seeds, dtype=torch.long, device=device))
+    return Draws(torch.tensor(seeds, dtype=torch.long))
 
 
 def _only_temperature(sampler: str, processors: LogitsProcessorList) -> float:
@@ -435,7 +438,7 @@ def _as_mixture(rule: Rule, plain: torch.Tensor | None) -> Rule:
 def _report_clamping(rule: Rule, stats: GenerationStats) -> None:
     if not rule.clamped.places:
         return
-    stats.clamped_share = rule.clamped.share / rule.clamped.places
+    stats.clamped_share = float(rule.clamped.share) / rule.clamped.places
     warnings.warn(
         "personas: a negative weight under the linear rule makes the target negative in places, where it was set to 0: "
         f"{stats.clamped_share:.1%} of its mass (stats.clamped_share). Such a target does not compose from token to "

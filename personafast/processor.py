@@ -77,7 +77,7 @@ class MPGLogitsProcessor(LogitsProcessor):
         """Bring the policies' texts up to these."""
         known = self._known
         if known is not None and ids.shape[1] == known.shape[1] + 1 and torch.equal(ids[:, :-1], known):
-            self._scorer.commit(ids[:, -1:], torch.ones(ids.shape[0], dtype=torch.long, device=ids.device))
+            self._scorer.commit(ids[:, -1:].cpu(), torch.ones(ids.shape[0], dtype=torch.long))
         else:
             self._begin(ids)
         self._known = ids.clone()
@@ -92,7 +92,7 @@ class MPGLogitsProcessor(LogitsProcessor):
         repeats = ids.shape[0] // rows
         texts = ids[:, self._start :].tolist()
         spread = [row for row in self._rows for _ in range(repeats)]
-        index = torch.arange(rows, device=ids.device).repeat_interleave(repeats)
+        index = torch.arange(rows).repeat_interleave(repeats)
         self._batch_rule = self._rule.select(index)
         # The model's own pass knows neither vectors nor masks, and has its own adapters on.
         held = self._handle.cast.policies is not None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from personafast.density.draws import Draws, Stream, check_target, choose, settle
+from personafast.density.draws import Draws, next_token, settle
 from personafast.density.normaliser import log_normalisers
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
@@ -37,34 +37,32 @@ def sample_direct(
             one draw from the mixture of policies; otherwise every token is a draw from it.
         want_log_z: make `GenerationStats.log_z`.
     """
-    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
-    carried = torch.zeros_like(rule.weights) if carry else None
+    host = transcript.host
+    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long)
+    one = torch.ones(transcript.alive.numel(), dtype=torch.long)
+    carried = rule.no_ratios() if carry else None
     while transcript.open:
         reference, policies = scorer.score(nothing, reference=True)
         assert reference is not None
         ref, members = reference[:, 0], policies[:, :, 0]
         plain = target = rule.target(ref, members, carried)
         if process is not None:
-            target = process(transcript.ids(), target)
-        target = settle(target, transcript.ended)
-        if draws is None:
-            token = target.argmax(dim=-1)
-            check_target(target.gather(1, token[:, None]).squeeze(1))
-        else:
-            token = choose(target, draws.uniform(Stream.SAMPLE, transcript.positions)[:, 0])
+            target = process(transcript.shown(), target)
+        token = next_token(settle(target, transcript.ended), draws, transcript.positions, host)
+        (new,) = host.read(token[:, None])
         before = transcript.positions
-        transcript.append(token[:, None], torch.ones_like(token))
+        transcript.append(new, one)
         if want_log_z:
             so_far = None if carried is None else carried[:, None]
             values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None], so_far)
             transcript.add_log_z(values, before)
         if carried is not None:
             carried = carried + rule.log_ratios(ref, members, token)
-        scorer.commit(token[:, None], torch.ones_like(token))
+        scorer.commit(new, one)
         rows = transcript.shrink()
         if rows is not None:
-            nothing = nothing[rows]
-            carried = carried[rows] if carried is not None else None
+            nothing, one = nothing[rows], one[rows]
+            carried = carried[host.send(rows)] if carried is not None else None
             for part in (scorer, rule, draws):
                 if part is not None:
                     part.keep(rows)

@@ -10,6 +10,7 @@ import torch
 
 from personafast.density.direct import Process
 from personafast.density.draws import Draws, Stream, choose
+from personafast.density.host import send
 from personafast.density.scorer import Scorer
 from personafast.density.transcript import Transcript
 from personafast.errors import PersonafastError
@@ -22,7 +23,7 @@ _WORTH_GOING_ON = 0.5
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens that may follow the text of every row.
+    """Tokens that may follow the text of every row, all on the CPU or all where the models are.
 
     Attributes:
         tokens: int64 [B, j]; beyond a row's length they are not looked at.
@@ -39,10 +40,10 @@ class Draft:
     deterministic: bool = False
 
     @staticmethod
-    def empty(rows: int, device: torch.device) -> Draft:
+    def empty(rows: int) -> Draft:
         """No tokens."""
-        tokens = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        return Draft(tokens, None, torch.zeros(rows, dtype=torch.int32, device=device), deterministic=True)
+        tokens = torch.zeros(rows, 0, dtype=torch.long)
+        return Draft(tokens, None, torch.zeros(rows, dtype=torch.int32), deterministic=True)
 
     def check(self, rows: int, chunk: int, vocabulary: int | None = None) -> None:
         """Raise `PersonafastError` unless this is a draft of at most `chunk` tokens for so many rows."""
@@ -113,11 +114,11 @@ class Drafter(Protocol):
         ...
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Row b goes on with tokens[b, :counts[b]]; tokens is int64 [B, n], 0 <= counts[b] <= n."""
+        """Row b goes on with tokens[b, :counts[b]]; tokens is int64 [B, n], 0 <= counts[b] <= n; both on the CPU."""
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows only, int64 indices into the current ones."""
+        """Go on with these rows only, int64 indices into the current ones, on the CPU."""
         ...
 
 
@@ -127,13 +128,16 @@ class ModelDrafter:
     Any law is exact as long as it is the one stored with the draft; the nearer it is to the target, the more of the
     draft stands. So it takes the target's own support mask and warpers.
 
+    On another device than the CPU nobody looks at what it drafts: drafts are as wide as they may be, and their lengths,
+    which are the same there, are told with what becomes of them.
+
     Args:
         scorer: proposes.
         temperature: divides the logits first, as `Rule.policy_temperature` does.
         doubt: c of the guess that a drafted token of probability p stands with p / (p + c (1 - p)). A row's draft ends
             where, by that guess, all of it stands with less than one half: what follows would mostly be in vain. At 0
             every draft is as long as it may be.
-        min_p: float32 [B], keeps tokens of at least this share of the largest probability; None keeps all.
+        min_p: float32 [B] on the CPU, keeps tokens of at least this share of the largest probability; None keeps all.
         process: the target's processors and warpers, (ids [b, l], log-probabilities [b, V]) -> scores [b, V].
     """
 
@@ -151,19 +155,21 @@ class ModelDrafter:
 
     def draft(self, transcript: Transcript, draws: Draws | None, chunk: int) -> Draft:
         """See `Drafter.draft`."""
+        host = transcript.host
         room = room_for_draft(transcript, chunk)
+        widest, room = int(room.max()), host.send(room)
         lengths, going = torch.zeros_like(room), room > 0
         tokens = torch.zeros(room.numel(), 0, dtype=torch.long, device=room.device)
-        ids = transcript.ids() if self._process is not None else tokens
-        u = draws.uniform(Stream.PROPOSE, transcript.positions, chunk) if draws is not None else None
+        ids = transcript.shown() if self._process is not None else tokens
+        u = None if draws is None else host.send(draws.uniform(Stream.PROPOSE, transcript.positions, chunk))
         laws, stands = [], torch.ones(room.numel(), device=room.device)
-        while bool(going.any()):
+        while tokens.shape[1] < widest and (host.remote or bool(going.any())):
             logp = self._law(torch.cat([ids, tokens], dim=1), self._scorer.propose(tokens))
             # Where processors leave nothing, a draft ends; that this is so depends on what was drafted already.
             dead = ~(logp[:, 0] <= 0)
             going = going & ~dead
             logp = torch.where(dead[:, None], 0.0, logp)
-            token = logp.argmax(dim=-1) if u is None else choose(logp, u[:, tokens.shape[1]])
+            token = logp.argmax(dim=-1) if u is None else choose(logp, u[:, tokens.shape[1]], host)
             lengths = lengths + going
             going = going & (lengths < room) & ~transcript.is_eos(token)
             p = logp.gather(1, token[:, None])[:, 0].exp()
@@ -185,7 +191,7 @@ class ModelDrafter:
     def _law(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logp = (logits.float() / self._temperature).log_softmax(dim=-1)
         if self._min_p is not None:
-            least = logp.amax(dim=-1, keepdim=True) + self._min_p.log()[:, None]
+            least = logp.amax(dim=-1, keepdim=True) + send(self._min_p, logp.device).log()[:, None]
             logp = logp.masked_fill(logp < least, -torch.inf)
         if self._process is not None:
             logp = self._process(ids, logp)
@@ -215,8 +221,7 @@ class NgramDrafter:
         width = max((len(tokens) for tokens in found), default=0)
         tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in found], dtype=torch.long)
         lengths = torch.tensor([len(tokens) for tokens in found], dtype=torch.int32)
-        device = transcript.alive.device
-        return Draft(tokens.view(len(found), width).to(device), None, lengths.to(device), deterministic=True)
+        return Draft(tokens.view(len(found), width), None, lengths, deterministic=True)
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """See `Drafter.commit`."""
@@ -259,10 +264,12 @@ def room_for_draft(transcript: Transcript, chunk: int) -> torch.Tensor:
 
 
 def lengths_in_row(transcript: Transcript, draft: Draft, chunk: int) -> torch.Tensor:
-    """A draft's lengths, int32 [b], cut where a row has no more room and behind an EOS, which counts."""
-    ends = transcript.is_eos(draft.tokens).long()
+    """A draft's lengths, int32 [b] where the models are, cut where a row is full and behind an EOS, which counts."""
+    host = transcript.host
+    ends = transcript.is_eos(host.send(draft.tokens)).long()
     before_eos = (ends.cumsum(dim=1) - ends == 0).sum(dim=1)
-    return torch.minimum(torch.minimum(before_eos, room_for_draft(transcript, chunk)), draft.lengths).to(torch.int32)
+    room = host.send(room_for_draft(transcript, chunk))
+    return torch.minimum(torch.minimum(before_eos, room), host.send(draft.lengths)).to(torch.int32)
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from personafast.density.host import send
 from personafast.density.transcript import GenerationStats
 from personafast.models.context import RaggedContext
 from personafast.models.patch import Patch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 class Group:
     """R rows of one model: logits over drafts, and texts that grow by what is committed.
+
+    Which tokens are in a text is known on the CPU; those of a draft may be on the device, where they were drawn.
 
     A group need not take part in a round: what is committed meanwhile is fed when it is asked next.
 
@@ -53,23 +56,20 @@ class Group:
         else:
             self._context = static.start(prompts)
             static.slots.set(self._slots)
-            # Which tokens are fed is the host's business: it has been told them.
-            device = torch.device("cpu")
-        self._device = device
-        self._last = torch.tensor([prompt[-1] for prompt in prompts], dtype=torch.long, device=device)
+        self._last = torch.tensor([prompt[-1] for prompt in prompts], dtype=torch.long)
         # Committed tokens that are not in the cache; the prompt, which is none of them, is fed with the first draft.
-        self._pending = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+        self._pending = torch.empty(len(prompts), 0, dtype=torch.long)
         self._live: torch.Tensor | None = None  # which of them are, bool [R, m]; None for all
         # Draft tokens in the cache, beyond the text; None while this round has not asked the group.
         self._fed: int | None = None
 
     def logits(self, draft: torch.Tensor, keep: int) -> torch.Tensor:
         """Feed what is new of the draft [R, j]; the last `keep` next-token logits, float32 [R, keep, V]."""
-        draft = draft.to(self._device)
         if self._fed is None:
-            tokens, live = torch.cat([self._pending, draft], dim=1), self._live
+            pending, live = self._pending, self._live
             if live is not None:
                 live = torch.cat([live, live.new_ones(draft.shape)], dim=1)
+            tokens = torch.cat([send(pending, draft.device), draft], dim=1) if draft.shape[1] else pending
         else:
             tokens, live = draft[:, self._fed :], None
         self._fed = draft.shape[1]
@@ -81,8 +81,7 @@ class Group:
         return logits
 
     def commit(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Extend the rows' texts by tokens[:, :counts], of which all but the last are the round's draft."""
-        tokens, counts = tokens.to(self._device), counts.to(self._device)
+        """Extend the rows' texts by tokens[:, :counts], of which all but the last are the round's draft; on the CPU."""
         place = torch.arange(tokens.shape[1], device=tokens.device)
         if self._fed is None:
             self._hold(tokens, place < counts[:, None])
@@ -104,9 +103,8 @@ class Group:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only."""
-        rows = rows.to(self._device)
         self._context.keep(rows)
-        self._slots = self._slots.select(rows.cpu())
+        self._slots = self._slots.select(rows)
         self._pending, self._last = self._pending[rows], self._last[rows]
         if self._live is not None:
             self._live = self._live[rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.density.draws import Draws, Stream, choose, settle
+from personafast.density.draws import Draws, Stream, choose
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
 from personafast.density.transcript import Transcript
@@ -56,7 +56,7 @@ def sample_mixture(
         scorer.commit(tokens, counts)
         if want_log_z:
             total = torch.zeros_like(rule.min_p) if carry else rule.weights.sum(dim=1).log()
-            transcript.add_log_z(total[:, None], before)
+            transcript.add_log_z(transcript.host.send(total[:, None]), before)
         rows = transcript.shrink()
         if rows is not None:
             member = member[rows] if member is not None else None
@@ -73,8 +73,7 @@ def _check(rule: Rule) -> None:
     if rule.base is not None:
         faults["a policy stands for its reference"] = rule.base >= 0
     if rule.custom is not None:
-        given = [function is not None for function in rule.custom]
-        faults["its rule is a function"] = torch.tensor(given, device=rule.weights.device)
+        faults["its rule is a function"] = torch.tensor([function is not None for function in rule.custom])
     for fault, rows in faults.items():
         if bool(rows.any()):
             raise PersonafastError(
@@ -83,23 +82,31 @@ def _check(rule: Rule) -> None:
 
 
 def _member(rule: Rule, draws: Draws, positions: torch.Tensor) -> torch.Tensor:
-    """The policy of every row, int64 [B]."""
+    """The policy of every row, int64 [B] on the CPU."""
     return choose(rule.weights.log(), draws.uniform(Stream.MEMBER, positions)[:, 0])
 
 
 def _chunk(
     scorer: Scorer, transcript: Transcript, rule: Rule, draws: Draws, member: torch.Tensor, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 [B, j], j at most k, of every row's policy, and how many of them count, int64 [B]."""
-    positions, ended = transcript.positions, transcript.ended
-    counts, going = torch.zeros_like(positions), ~ended
-    tokens = torch.zeros(positions.numel(), 0, dtype=torch.long, device=positions.device)
-    while tokens.shape[1] < chunk and bool(going.any()):
+    """Tokens int64 [B, j], j at most k, of every row's policy, and how many of them count, int64 [B]; on the CPU."""
+    host, positions = transcript.host, transcript.positions
+    going = host.send(~transcript.ended)
+    room, min_p = host.send(transcript.room), host.send(rule.min_p)
+    counts = torch.zeros_like(room)
+    tokens = torch.zeros(room.numel(), 0, dtype=torch.long, device=room.device)
+    # A device is not asked whether all rows have ended meanwhile.
+    most = min(chunk, int(transcript.room.max())) if host.remote else chunk
+    while tokens.shape[1] < most and (host.remote or bool(going.any())):
         logits = scorer.speak(member, tokens).float() / rule.policy_temperature
-        least = logits.amax(dim=-1, keepdim=True) + rule.min_p.log()[:, None]
-        logits = settle(logits.masked_fill(logits < least, -torch.inf), ~going)
-        token = choose(logits, draws.uniform(Stream.SAMPLE, positions + tokens.shape[1])[:, 0])
+        least = logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+        # What has ended, before or in this chunk, has something to draw, whatever became of it.
+        logits = torch.where(going[:, None], logits, 0.0)
+        u = draws.uniform(Stream.SAMPLE, positions + tokens.shape[1])[:, 0]
+        token = choose(logits, host.send(u), host)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
         counts = counts + going
-        going = going & ~transcript.is_eos(token) & (counts < transcript.room)
+        going = going & ~transcript.is_eos(token) & (counts < room)
+    tokens, counts = host.read(tokens, counts)
     return tokens, counts

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
 from personafast.density.group import Group
+from personafast.density.host import Host, judge, send
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.models.patch import Patch
@@ -39,10 +41,17 @@ class Member:
 
 
 class _Seats:
-    """Members of one model, what they are in the rows of the batch, and their common cache."""
+    """Members of one model, what they are in the rows of the batch, and their common cache.
 
-    def __init__(self, patch: Patch, stats: GenerationStats, device: torch.device, room: int | None) -> None:
+    Attributes:
+        row, index: int64 [F] on the CPU, every member's row and what it is there: its policy's index, or -1.
+    """
+
+    def __init__(
+        self, patch: Patch, stats: GenerationStats, device: torch.device, room: int | None, host: Host | None
+    ) -> None:
         self._make = (patch, stats, device, room)
+        self._device, self._host = device, host
         self._members: list[Member] = []
         self._row: list[int] = []
         self._index: list[int] = []
@@ -65,31 +74,30 @@ class _Seats:
             device,
             room,
         )
-        self.row = torch.tensor(self._row, dtype=torch.long, device=device)
-        self.index = torch.tensor(self._index, dtype=torch.long, device=device)
+        self._seat(torch.tensor(self._row, dtype=torch.long), torch.tensor(self._index, dtype=torch.long))
 
     def logits(self, draft: torch.Tensor, keep: int) -> torch.Tensor:
         """Logits of the members after the rows' drafts, [F, keep, V]; the first ones of all must be numbers."""
-        logits = self.group.logits(draft[self.row], keep)
+        logits = self.group.logits(draft[self.row if draft.is_cpu else self.there], keep)
         if not self._checked:
             self._checked = True
-            bad = (logits.isnan() | (logits == torch.inf)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            if bad:
-                raise PersonafastError(
-                    f"{self._members[bad[0]].name}: its logits are not finite (row {self._row[bad[0]]} of the batch); "
-                    "load the model in a wider dtype, or look for NaN in its weights"
-                )
+            wrong = (logits.isnan() | (logits == torch.inf)).flatten(1).any(dim=1)
+            if self._host is None:
+                judge(wrong, self._not_finite)
+            else:
+                self._host.expect(wrong, self._not_finite)
         return logits
 
     def place(self, logits: torch.Tensor, reference: torch.Tensor | None, policies: torch.Tensor) -> None:
         """Put the group's logits [F, j, V] where they belong in [B, j, V] and [N, B, j, V]."""
-        policy = self.index >= 0
-        if bool(policy.all()):
-            policies[self.index, self.row] = logits
+        if self._of_references is None:
+            policies[self._index_there, self.there] = logits
             return
-        policies[self.index[policy], self.row[policy]] = logits[policy]
+        seats, row, index = self._of_policies
+        policies[index, row] = logits[seats]
         if reference is not None:
-            reference[self.row[~policy]] = logits[~policy]
+            seats, row = self._of_references
+            reference[row] = logits[seats]
 
     def keep(self, new: torch.Tensor) -> bool:
         """Go on with the rows that have a new index, int64 [B]; whether any member is left."""
@@ -97,14 +105,31 @@ class _Seats:
         if not left.numel():
             return False
         self.group.keep(left)
-        self.row, self.index = new[self.row[left]], self.index[left]
+        self._seat(new[self.row[left]], self.index[left])
         return True
+
+    def _seat(self, row: torch.Tensor, index: torch.Tensor) -> None:
+        """Say which rows the members are in, and send it to where their logits are."""
+        self.row, self.index = row, index
+        self.there, self._index_there = send(row, self._device), send(index, self._device)
+        policies, references = (index >= 0).nonzero().flatten(), (index < 0).nonzero().flatten()
+        self._of_policies = tuple(send(part, self._device) for part in (policies, row[policies], index[policies]))
+        self._of_references: tuple[torch.Tensor, torch.Tensor] | None = None
+        if references.numel():
+            self._of_references = (send(references, self._device), send(row[references], self._device))
+
+    def _not_finite(self, wrong: Sequence[int]) -> NoReturn:
+        raise PersonafastError(
+            f"{self._members[wrong[0]].name}: its logits are not finite (row {self._row[wrong[0]]} of the batch); "
+            "load the model in a wider dtype, or look for NaN in its weights"
+        )
 
 
 class ModelScorer:
     """Reference and policies of B rows.
 
-    Members of one model share its forward passes, one row each; models run one after the other.
+    Members of one model share its forward passes, one row each; models run one after the other. Drafts may be on the
+    CPU or where the models are; what is committed, and which rows go on, is told on the CPU.
 
     Args:
         patch: the model with its banks, of every member that names no other.
@@ -116,6 +141,7 @@ class ModelScorer:
         stats: receives the number of forward passes and the bytes they read.
         device: where the models are.
         room: the most tokens that a row gets, drafts included; None if nobody knows, and then no pass is recorded.
+        host: finds out about logits that are no numbers when it reads next; None looks at them at once.
     """
 
     def __init__(
@@ -128,15 +154,17 @@ class ModelScorer:
         stats: GenerationStats,
         device: torch.device,
         room: int | None = None,
+        host: Host | None = None,
     ) -> None:
         self._rows = len(references)
+        self._device = device
         self._count = max((len(row) for row in policies), default=0)
         joint: dict[int, _Seats] = {}
         leading: dict[int, _Seats] = {}
 
         def seat(seats: dict[int, _Seats], member: Member, row: int, index: int) -> None:
             own = member.patch or patch
-            seats.setdefault(id(own), _Seats(own, stats, device, room)).add(member, row, index)
+            seats.setdefault(id(own), _Seats(own, stats, device, room, host)).add(member, row, index)
 
         own_reference = torch.zeros(self._rows, dtype=torch.bool)
         for b, reference in enumerate(references):
@@ -154,7 +182,7 @@ class ModelScorer:
             seats.close()
         self._regular = self._is_regular()
         # Rows whose reference proposes: it is scored there.
-        self._proposing = own_reference.nonzero().flatten().to(device)
+        self._propose_for(own_reference.nonzero().flatten())
         self._proposed: list[torch.Tensor] = []
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:
@@ -185,7 +213,7 @@ class ModelScorer:
             if of_reference is None or self._proposing.numel() == self._rows:
                 of_reference = proposed
             else:
-                of_reference[self._proposing] = proposed[self._proposing]
+                of_reference[self._proposing_there] = proposed[self._proposing_there]
         if policies is None:
             assert of_reference is not None
             policies = of_reference.new_zeros(0, *of_reference.shape)
@@ -197,12 +225,12 @@ class ModelScorer:
         """See `Scorer.speak`; models of which no member speaks are not run, and catch up when one does."""
         out: torch.Tensor | None = None
         for seats in self._joint:
-            speaking = seats.index == member[seats.row]
-            if not bool(speaking.any()):
+            speaking = (seats.index == member[seats.row]).nonzero().flatten()
+            if not speaking.numel():
                 continue
             logits = seats.logits(draft, 1)[:, 0]
             out = logits.new_zeros(self._rows, logits.shape[1]) if out is None else out
-            out[seats.row[speaking]] = logits[speaking]
+            out[send(seats.row[speaking], self._device)] = logits[send(speaking, self._device)]
         assert out is not None
         return out
 
@@ -214,12 +242,12 @@ class ModelScorer:
 
     def keep(self, rows: torch.Tensor) -> None:
         """See `Scorer.keep`."""
-        new = torch.full((self._rows,), -1, dtype=torch.long, device=rows.device)
-        new[rows] = torch.arange(rows.numel(), device=rows.device)
+        new = torch.full((self._rows,), -1, dtype=torch.long)
+        new[rows] = torch.arange(rows.numel())
         self._joint = [seats for seats in self._joint if seats.keep(new)]
         self._leading = [seats for seats in self._leading if seats.keep(new)]
-        self._proposing = new[self._proposing]
-        self._proposing = self._proposing[self._proposing >= 0]
+        proposing = new[self._proposing]
+        self._propose_for(proposing[proposing >= 0])
         self._rows = rows.numel()
         self._regular = self._is_regular()
 
@@ -227,6 +255,9 @@ class ModelScorer:
         """The texts are done."""
         for seats in [*self._joint, *self._leading]:
             seats.group.close()
+
+    def _propose_for(self, rows: torch.Tensor) -> None:
+        self._proposing, self._proposing_there = rows, send(rows, self._device)
 
     def _is_regular(self) -> bool:
         """Whether one group holds the rows' references, of all or none, then all first policies, all second ones ..."""
@@ -238,7 +269,7 @@ class ModelScorer:
             return False
         order = torch.cat([rows[:own], rows.repeat(self._count)])
         index = torch.cat([torch.full((own,), -1), torch.arange(self._count).repeat_interleave(self._rows)])
-        return torch.equal(seats.row.cpu(), order) and torch.equal(seats.index.cpu(), index)
+        return torch.equal(seats.row, order) and torch.equal(seats.index, index)
 
     def _spread(self, all_seats: Sequence[_Seats], draft: torch.Tensor, keep: int) -> torch.Tensor:
         out: torch.Tensor | None = None
@@ -247,6 +278,6 @@ class ModelScorer:
             if len(all_seats) == 1:
                 return logits
             out = logits.new_zeros(self._rows, *logits.shape[1:]) if out is None else out
-            out[seats.row] = logits
+            out[seats.there] = logits
         assert out is not None
         return out

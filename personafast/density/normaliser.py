@@ -15,10 +15,10 @@ def base_logits(rule: Rule, reference: torch.Tensor, policies: torch.Tensor) -> 
         reference: raw logits [B, ..., V].
         policies: raw logits [N, B, ..., V].
     """
-    if rule.base is None:
+    if rule.based is None:
         return reference
-    found, rows = reference.clone(), (rule.base >= 0).nonzero().flatten()
-    found[rows] = policies[rule.base[rows], rows].to(found.dtype)
+    found, (rows, base) = reference.clone(), rule.based
+    found[rows] = policies[base, rows].to(found.dtype)
     return found
 
 
@@ -46,7 +46,7 @@ def log_normalisers(
     """
     batch, places, vocabulary = reference.shape
     members = policies.shape[0]
-    flat = rule.select(torch.arange(batch, device=reference.device).repeat_interleave(places))
+    flat = rule.at_places(places)
     t, index = rule.policy_temperature, tokens.reshape(-1, 1)
 
     def of_token(logits: torch.Tensor) -> torch.Tensor:
@@ -63,5 +63,7 @@ def log_normalisers(
         score = score - flat.scores(nothing, nothing.expand(members, -1, -1), before)
     of_base = of_token(base_logits(rule, reference, policies))
     log_q = target.reshape(-1, vocabulary).float().log_softmax(-1).gather(1, index)
-    plain = (flat.weights == 0).all(1, keepdim=True) & (flat.min_p == 0)[:, None]
-    return torch.where(plain, 0.0, of_base + score - log_q).view(batch, places)
+    found = of_base + score - log_q
+    if flat.unweighted is not None:
+        found = torch.where(flat.unweighted[:, None], 0.0, found)
+    return found.view(batch, places)

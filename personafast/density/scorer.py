@@ -10,8 +10,9 @@ import torch
 class Scorer(Protocol):
     """Next-token logits of a reference and N policies over B rows, each row with its own committed text Y.
 
-    A *draft* is int64 [B, j], j >= 0 tokens a row that are not committed; within a round it only grows. Caching is the
-    scorer's own affair.
+    A *draft* is int64 [B, j], j >= 0 tokens a row that are not committed; within a round it only grows. It may be on
+    the CPU or where the models are, as logits are; everything else is given on the CPU. Caching is the scorer's own
+    affair.
     """
 
     def propose(self, draft: torch.Tensor) -> torch.Tensor:

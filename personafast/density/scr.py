@@ -13,10 +13,10 @@ from numbers import Real
 import torch
 
 from personafast import ops
-from personafast.density.draws import Draws, Stream, choose
+from personafast.density.draws import Draws, Stream, choose, settle
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
-from personafast.density.transcript import GenerationStats, Transcript
+from personafast.density.transcript import Transcript
 from personafast.errors import PersonafastError
 
 
@@ -139,41 +139,46 @@ def sample_scr(
         options: chunk, window, gamma, retries and what else the paper leaves open.
         want_log_z: make `GenerationStats.log_z`, an estimate.
     """
-    device = transcript.alive.device
-    bounds = _Bounds(transcript.alive.numel(), options, device)
-    mean = _LogMean(transcript.alive.numel(), device)
-    carried = torch.zeros_like(rule.weights) if options.carry else None
+    host, stats = transcript.host, transcript.stats
+    bounds = _Bounds(transcript.alive.numel(), options, host.device)
+    mean = _LogMean(transcript.alive.numel(), host.device)
+    carried = rule.no_ratios() if options.carry else None
     while transcript.open:
         round_ = _Round(scorer, transcript, rule, draws, options, carried)
         scores = round_.scores()
         log_m = bounds.log_m(scores)
-        tokens, going = round_.draft.clone(), ~transcript.ended
+        going = ~transcript.ended
         if bounds.rounds < options.warmup:
-            counts = torch.ones_like(round_.positions)
-            tokens[:, 0] = round_.exact_token(torch.arange(counts.numel(), device=device))
-            transcript.stats.exact += int(going.sum())
+            first = round_.exact_token(None)
+            (tokens,) = host.read(torch.cat([first[:, None], round_.draft[:, 1:]], dim=1))
+            counts = torch.ones_like(transcript.positions)
+            stats.exact += int(going.sum())
         else:
-            accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths).long()
-            transcript.count(round_.lengths, accepted)
-            _count(transcript.stats, scores, log_m, torch.where(going, round_.lengths, 0), accepted)
-            stuck = ((accepted == 0) & going).nonzero().flatten()
-            if stuck.numel():
-                tokens[stuck, 0] = _one_token(round_, stuck, log_m[stuck, 0], options, transcript.stats)
-            counts = accepted.clamp(min=1)
+            accepted = ops.chunk_accept(scores, log_m, round_.log_u, round_.lengths)
+            proposed, exact = _unstuck(round_, accepted, going, log_m, options)
+            clipped = ((scores > log_m) & _within(round_.lengths, scores.shape[1])).sum(dim=1)
+            tokens, stood, lengths, exact, clipped = host.read(proposed, accepted, round_.lengths, exact, clipped)
+            transcript.count(lengths, stood)
+            stats.salvaged += int(((stood > 0) & (stood < lengths))[going].sum())
+            stats.scored += int(lengths[going].sum())
+            stats.clipped += int(clipped[going].sum())
+            stats.exact += int(exact.sum())
+            counts = stood.long().clamp(min=1)
         bounds.see(torch.where(_within(round_.lengths, scores.shape[1]), scores, -math.inf))
         if want_log_z:
             whole = scores.gather(1, round_.lengths[:, None].long() - 1)[:, 0]
-            mean.see(transcript.alive[going], whole[going])
+            mean.see(host.send(transcript.alive[going]), whole[host.send(going.nonzero().flatten())])
         # A row that has ended stays as it is until it leaves the batch.
         counts = counts * going
         if carried is not None:
-            carried = carried + round_.log_ratios(tokens, counts)
+            carried = carried + round_.log_ratios(host.send(tokens), host.send(counts))
         transcript.append(tokens, counts)
         scorer.commit(tokens, counts)
         rows = transcript.shrink()
         if rows is not None:
-            carried = carried[rows] if carried is not None else None
-            for part in (scorer, rule, draws, bounds):
+            carried = carried[host.send(rows)] if carried is not None else None
+            bounds.keep(host.send(rows))
+            for part in (scorer, rule, draws):
                 part.keep(rows)
     if want_log_z:
         transcript.stats.log_z = mean.value()
@@ -192,21 +197,24 @@ class _Round:
         carried: torch.Tensor | None,
     ) -> None:
         self.rule, self.positions, self.draws, self.carried = rule, transcript.positions, draws, carried
+        self.host, self._ended = transcript.host, transcript.ended
+        host = self.host
         self._moved = options.proposal_temperature is not None
         t = rule.policy_temperature if options.proposal_temperature is None else options.proposal_temperature
         # No row needs more tokens than the one with the most room.
         chunk = min(options.chunk, int(torch.where(transcript.ended, 1, transcript.room).max()))
-        u = draws.uniform(Stream.PROPOSE, self.positions, chunk)
-        draft = torch.empty(self.positions.numel(), 0, dtype=torch.long, device=self.positions.device)
-        going, proposals = ~transcript.ended, []
-        while draft.shape[1] < chunk and bool(going.any()):
+        u = host.send(draws.uniform(Stream.PROPOSE, self.positions, chunk))
+        draft = torch.empty(self.positions.numel(), 0, dtype=torch.long, device=host.device)
+        going, proposals = host.send(~transcript.ended), []
+        # A device is not asked whether all rows have ended meanwhile.
+        while draft.shape[1] < chunk and (host.remote or bool(going.any())):
             logits = scorer.propose(draft)
             proposals.append(logits)
-            token = choose(logits / t, u[:, draft.shape[1]])
+            token = choose(logits / t, u[:, draft.shape[1]], host)
             draft = torch.cat([draft, token[:, None]], dim=1)
             going = going & ~transcript.is_eos(token)
         self.draft = draft
-        self.log_u = draws.uniform(Stream.ACCEPT, self.positions, draft.shape[1]).log().float()
+        self.log_u = host.send(draws.uniform(Stream.ACCEPT, self.positions, draft.shape[1]).log().float())
         if not options.fresh_u:
             self.log_u = self.log_u[:, :1].expand_as(self.log_u)
         proposing = torch.stack(proposals, dim=1)  # [B, k, V]
@@ -218,7 +226,7 @@ class _Round:
         # A chunk ends with the row: what follows an EOS or lies beyond the limit is neither scored nor kept.
         ends = transcript.is_eos(draft).long()
         before_eos = (ends.cumsum(dim=1) - ends == 0).sum(dim=1)
-        self.lengths = torch.minimum(before_eos, transcript.room.clamp(min=1)).to(torch.int32)
+        self.lengths = torch.minimum(before_eos, host.send(transcript.room.clamp(min=1))).to(torch.int32)
 
     def scores(self) -> torch.Tensor:
         """S of every prefix, float32 [B, k]; -inf once a token lies outside the support mask."""
@@ -228,7 +236,7 @@ class _Round:
         of = (self.policies / t).log_softmax(dim=-1)
         of = of.gather(3, index.expand(of.shape[0], -1, -1, -1)).squeeze(3)
         scores = _grown(rule, ref, of, self.carried)
-        if bool(rule.min_p.any()):
+        if rule.masks:
             for j in range(self.draft.shape[1]):
                 inside = rule.supported(self.reference[:, j], self.policies[:, :, j])
                 inside = inside.gather(1, self.draft[:, j : j + 1])
@@ -245,20 +253,34 @@ class _Round:
         kept = _within(counts, chunk)[..., None]
         return torch.where(kept, steps.view(batch, chunk, members), 0.0).sum(dim=1)
 
-    def local(self, rows: torch.Tensor) -> tuple[Rule, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Rule, cached next-token logits at Y and carried log ratios of some rows: [b, V], [N, b, V] and [b, N]."""
-        carried = None if self.carried is None else self.carried[rows]
-        return self.rule.select(rows), self.reference[rows, 0], self.policies[:, rows, 0], carried
+    def local(
+        self, rows: torch.Tensor | None
+    ) -> tuple[Rule, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Rule, next-token logits at Y, carried log ratios and log-probabilities of what proposes.
 
-    def exact_token(self, rows: torch.Tensor) -> torch.Tensor:
-        """One token of the token-level target for some rows, int64 [b]; no forward pass is needed."""
-        rule, reference, policies, carried = self.local(rows)
-        u = self.draws.uniform(Stream.EXACT, self.positions)[rows, 0]
+        [b, V], [N, b, V], [b, N] and [b, V] of some rows, int64 [b] on the CPU; None for all.
+        """
+        if rows is None:
+            return self.rule, self.reference[:, 0], self.policies[:, :, 0], self.carried, self.log_proposal
+        there = self.host.send(rows)
+        carried = None if self.carried is None else self.carried[there]
+        rule, log_proposal = self.rule.select(rows), self.log_proposal[there]
+        return rule, self.reference[there, 0], self.policies[:, there, 0], carried, log_proposal
+
+    def uniform(self, stream: Stream, rows: torch.Tensor | None, n: int = 1) -> torch.Tensor:
+        """float64 [b, n] of some rows, or all."""
+        u = self.draws.uniform(stream, self.positions, n)
+        return self.host.send(u if rows is None else u[rows])
+
+    def exact_token(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """One token of the token-level target for some rows, or all, int64 [b]; no forward pass is needed."""
+        rule, reference, policies, carried, log_proposal = self.local(rows)
         target = rule.target(reference, policies, carried)
         if self._moved:
-            moved = target + self.log_proposal[rows] - self._at_rule[rows]
-            target = torch.where(target == -math.inf, target, moved)
-        return choose(target, u)
+            at_rule = self._at_rule if rows is None else self._at_rule[self.host.send(rows)]
+            target = torch.where(target == -math.inf, target, target + log_proposal - at_rule)
+        target = settle(target, self._ended if rows is None else self._ended[rows])
+        return choose(target, self.uniform(Stream.EXACT, rows)[:, 0], self.host)
 
 
 def _grown(rule: Rule, reference: torch.Tensor, policies: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
@@ -274,36 +296,49 @@ def _within(lengths: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.arange(chunk, device=lengths.device) < lengths[:, None]
 
 
-def _count(
-    stats: GenerationStats, scores: torch.Tensor, log_m: torch.Tensor, lengths: torch.Tensor, accepted: torch.Tensor
-) -> None:
-    within = _within(lengths, scores.shape[1])
-    stats.salvaged += int(((accepted > 0) & (accepted < lengths)).sum())
-    stats.scored += int(within.sum())
-    stats.clipped += int(((scores > log_m) & within).sum())
+def _unstuck(
+    round_: _Round, accepted: torch.Tensor, going: torch.Tensor, log_m: torch.Tensor, options: ScrOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draft with another first token where nothing of it stands; and which rows, bool [B], got an exact one.
+
+    A device does not tell which rows those are, so there it is made for all of them.
+    """
+    draft, host = round_.draft, round_.host
+    stuck = (accepted == 0) & host.send(going)
+    if host.remote:
+        token, exact = _one_token(round_, None, log_m[:, 0], options)
+        first = torch.where(stuck, token, draft[:, 0])
+        return torch.cat([first[:, None], draft[:, 1:]], dim=1), exact & stuck
+    tokens, exact, rows = draft.clone(), torch.zeros_like(stuck), stuck.nonzero().flatten()
+    if rows.numel():
+        tokens[rows, 0], exact[rows] = _one_token(round_, rows, log_m[rows, 0], options)
+    return tokens, exact
 
 
 def _one_token(
-    round_: _Round, rows: torch.Tensor, log_m: torch.Tensor, options: ScrOptions, stats: GenerationStats
-) -> torch.Tensor:
-    """Single-token rejection sampling from the cached logits at Y, then one exact token after the retry cap."""
-    rule, reference, policies, carried = round_.local(rows)
-    t, proposal = rule.policy_temperature, round_.log_proposal[rows]
+    round_: _Round, rows: torch.Tensor | None, log_m: torch.Tensor, options: ScrOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Single-token rejection sampling from the cached logits at Y, then one exact token after the retry cap.
+
+    Returns:
+        int64 [b], and bool [b] where it is an exact one.
+    """
+    rule, reference, policies, carried, proposal = round_.local(rows)
+    t, retries, members = rule.policy_temperature, options.retries, policies.shape[0]
     logp, of = (reference / t).log_softmax(dim=-1), (policies / t).log_softmax(dim=-1)
-    inside = rule.supported(reference, policies) if bool(rule.min_p.any()) else None
-    u = round_.draws.uniform(Stream.RETRY, round_.positions, 2 * options.retries)[rows]
-    token = torch.full_like(rows, -1)
-    for attempt in range(options.retries):
-        open_ = token < 0
-        if not bool(open_.any()):
-            return token
-        index = choose(proposal, u[:, 2 * attempt])[:, None]
-        of_token = of.gather(2, index.expand(of.shape[0], -1, 1))
-        score = _grown(rule, logp.gather(1, index), of_token, carried)[:, 0]
-        good = u[:, 2 * attempt + 1].log().float() < score - log_m
-        if inside is not None:
-            good &= inside.gather(1, index)[:, 0]
-        token = torch.where(open_ & good, index[:, 0], token)
-    refused = token < 0
-    stats.exact += int(refused.sum())
-    return torch.where(refused, round_.exact_token(rows), token)
+    # All proposals come from the same logits, so they are made at once, and those behind the first that stands unmade.
+    u = round_.uniform(Stream.RETRY, rows, 2 * retries)
+    index = choose(proposal, u[:, ::2].contiguous(), round_.host)  # [b, retries]
+    of_token = of.gather(2, index.expand(members, -1, -1))
+    so_far = None if carried is None else carried.repeat_interleave(retries, dim=0)
+    score = _grown(
+        rule.at_places(retries), logp.gather(1, index).view(-1, 1), of_token.reshape(members, -1, 1), so_far
+    ).view(index.shape)
+    good = u[:, 1::2].log().float() < score - log_m[:, None]
+    if rule.masks:
+        good &= rule.supported(reference, policies).gather(1, index)
+    stands, first = good.any(dim=1), good.int().argmax(dim=1)
+    token = index.gather(1, first[:, None])[:, 0]
+    if not round_.host.remote and bool(stands.all()):
+        return token, ~stands
+    return torch.where(stands, token, round_.exact_token(rows)), ~stands

@@ -51,31 +51,33 @@ def sample_token_rs(
     """
     if retries < 1:
         raise PersonafastError(f"retries: {retries} is not at least 1")
-    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long, device=transcript.alive.device)
-    carried = torch.zeros_like(rule.weights) if carry else None
+    host = transcript.host
+    nothing = torch.empty(transcript.alive.numel(), 0, dtype=torch.long)
+    one = torch.ones(transcript.alive.numel(), dtype=torch.long)
+    carried = rule.no_ratios() if carry else None
     while transcript.open:
         reference, policies = scorer.score(nothing, reference=True)
         assert reference is not None
         so_far = None if carried is None else carried[:, None]
         plain = target = rule.targets(reference, policies, so_far)[:, 0]
         if process is not None:
-            target = process(transcript.ids(), target)
+            target = process(transcript.shown(), target)
         log_q = settle(target.double(), transcript.ended).log_softmax(dim=-1)
-        check_target(torch.where(log_q[:, 0].isnan(), torch.nan, 0.0))
+        check_target(torch.where(log_q[:, 0].isnan(), torch.nan, 0.0), host)
         base = base_logits(rule, reference, policies)[:, 0].double() / rule.policy_temperature
-        token = _accepted(log_q, base.log_softmax(dim=-1), transcript, draws, retries)
+        token, new = _accepted(log_q, base.log_softmax(dim=-1), transcript, draws, retries)
         before = transcript.positions
-        transcript.append(token[:, None], torch.ones_like(token))
+        transcript.append(new[:, None], one)
         if want_log_z:
             values = log_normalisers(rule, reference, policies, plain[:, None], token[:, None], so_far)
             transcript.add_log_z(values, before)
         if carried is not None:
             carried = carried + rule.log_ratios(reference[:, 0], policies[:, :, 0], token)
-        scorer.commit(token[:, None], torch.ones_like(token))
+        scorer.commit(new[:, None], one)
         rows = transcript.shrink()
         if rows is not None:
-            nothing = nothing[rows]
-            carried = carried[rows] if carried is not None else None
+            nothing, one = nothing[rows], one[rows]
+            carried = carried[host.send(rows)] if carried is not None else None
             for part in (scorer, rule, draws):
                 part.keep(rows)
 
@@ -91,19 +93,22 @@ def _log_bound(ratios: torch.Tensor) -> torch.Tensor:
 
 def _accepted(
     log_q: torch.Tensor, log_b: torch.Tensor, transcript: Transcript, draws: Draws, retries: int
-) -> torch.Tensor:
-    """One token of q for every row, int64 [B], by way of proposals from b."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of q for every row, by way of proposals from b, int64 [B]: where the models are, and on the CPU."""
+    host = transcript.host
     ratios = _log_ratios(log_q, log_b)
     # All proposals come from the same logits, so they are made at once, and those behind the first that stands unmade.
-    u = draws.uniform(Stream.RETRY, transcript.positions, 2 * retries)
-    proposed = choose(log_b, u[:, ::2].contiguous())  # [B, retries]
+    u = host.send(draws.uniform(Stream.RETRY, transcript.positions, 2 * retries))
+    proposed = choose(log_b, u[:, ::2].contiguous(), host)  # [B, retries]
     stands = u[:, 1::2].log() < ratios.gather(1, proposed) - _log_bound(ratios)
     any_stands, first = stands.any(dim=1), stands.int().argmax(dim=1)
-    stats, going = transcript.stats, ~transcript.ended
-    stats.proposed += int(torch.where(any_stands, first + 1, retries)[going].sum())
-    stats.accepted += int(any_stands[going].sum())
-    stats.exact += int((~any_stands)[going].sum())
     token = proposed.gather(1, first[:, None])[:, 0]
-    if bool(any_stands.all()):
-        return token
-    return torch.where(any_stands, token, choose(log_q, draws.uniform(Stream.EXACT, transcript.positions)[:, 0]))
+    if host.remote or not bool(any_stands.all()):
+        exact = choose(log_q, host.send(draws.uniform(Stream.EXACT, transcript.positions)[:, 0]), host)
+        token = torch.where(any_stands, token, exact)
+    new, stood, tries = host.read(token, any_stands, torch.where(any_stands, first + 1, retries))
+    stats, going = transcript.stats, ~transcript.ended
+    stats.proposed += int(tries[going].sum())
+    stats.accepted += int(stood[going].sum())
+    stats.exact += int((~stood)[going].sum())
+    return token, new

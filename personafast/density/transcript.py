@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from personafast.density.host import Host
+
 # Drop finished rows from the batch once they are more than this share of it.
 _SHRINK = 0.25
 
@@ -21,7 +23,7 @@ class GenerationStats:
         tokens: tokens committed, over all rows.
         forwards: member forward passes (one member of one row in one call of the model counts 1).
         calls: calls of the model.
-        row_rounds: int64 [B], the rounds of every row until it ended.
+        row_rounds: int64 [B] on the CPU, the rounds of every row until it ended.
         proposed, accepted: proposed tokens, and those of them that were accepted (`verify`, `block`, `scr`,
             `token_rs`), in rows that had not ended.
         accepted_lengths: at index j, how many rounds of a row accepted j drafted tokens (`verify`, `block`, `scr`).
@@ -85,16 +87,24 @@ class GenerationStats:
 class Transcript:
     """Committed tokens of B rows; rows that ended leave the batch.
 
+    It is kept on the CPU, whatever device the models are on, and so are the tensors it gives and takes, unless it is
+    said otherwise.
+
     Args:
-        prompt: int64 [B, L], as the caller gave it (padding included).
+        prompt: int64 [B, L], as the caller gave it (padding included), on the device of the models.
         limit: most new tokens a row.
         eos: ids that end a row.
         criteria: transformers stopping criteria beyond length and EOS, (ids [B, l], scores) -> bool [B], called with
-            all rows; one whose `row_by_row` is true gets only those that were extended.
+            all rows, where the models are; one whose `row_by_row` is true gets only those that were extended, on the
+            CPU.
         on_tokens: called with the new tokens of every commit, for streaming.
+        may_shrink: let rows that have ended leave the batch.
+        looked_at: whether somebody looks at what `shown` gives.
 
     Attributes:
         limit: as given.
+        alive: int64 [b], the rows of the call that are in the batch.
+        host: what goes between the CPU and the device of the models.
     """
 
     def __init__(
@@ -105,19 +115,22 @@ class Transcript:
         criteria: Sequence[Callable[..., Any]] = (),
         on_tokens: Callable[[torch.Tensor], None] | None = None,
         may_shrink: bool = True,
+        looked_at: bool = True,
     ) -> None:
         batch = prompt.shape[0]
-        self.stats = GenerationStats(row_rounds=torch.zeros(batch, dtype=torch.long, device=prompt.device))
-        self.alive = torch.arange(batch, device=prompt.device)
-        self._prompt = prompt
+        self.stats = GenerationStats(row_rounds=torch.zeros(batch, dtype=torch.long))
+        self.alive = torch.arange(batch)
+        self.host = Host(prompt.device)
+        self._prompt = prompt.cpu()
         self.limit = limit
-        self._eos = torch.tensor(list(eos), dtype=torch.long, device=prompt.device)
+        self._eos = torch.tensor(list(eos), dtype=torch.long)
+        self._sent_eos = self.host.send(self._eos)
         self._criteria = list(criteria)
         self._on_tokens = on_tokens
-        self._may_shrink = may_shrink
-        self._tokens = torch.zeros(batch, limit, dtype=torch.long, device=prompt.device)
-        self._length = torch.zeros(batch, dtype=torch.long, device=prompt.device)
-        self._done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+        self._may_shrink, self._looked_at = may_shrink, looked_at
+        self._tokens = torch.zeros(batch, limit, dtype=torch.long)
+        self._length = torch.zeros(batch, dtype=torch.long)
+        self._done = torch.zeros(batch, dtype=torch.bool)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -140,12 +153,18 @@ class Transcript:
         return self.limit > 0 and not bool(self._done.all())
 
     def is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which tokens end a row."""
-        return torch.isin(tokens, self._eos)
+        """Which tokens end a row, on their own device."""
+        return torch.isin(tokens, self._eos if tokens.is_cpu else self._sent_eos)
 
     def ids(self) -> torch.Tensor:
         """Prompt and new tokens of the rows in the batch, int64 [b, L + l]; ragged rows are aligned at the right."""
         return self._aligned(self.alive, self.positions)
+
+    def shown(self) -> torch.Tensor:
+        """`ids`, where the models are; without columns if it is another device and nobody looks at them."""
+        if self.host.remote and not self._looked_at:
+            return torch.zeros(self.alive.numel(), 0, dtype=torch.long, device=self.host.device)
+        return self.host.send(self.ids())
 
     def append(self, tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Add tokens[b, :counts[b]] to the rows in the batch, up to where a row ends.
@@ -191,14 +210,14 @@ class Transcript:
         """Note the log normalisers [b, m] of a round's tokens, as far as `append` kept them.
 
         Args:
-            values: one a token that was appended; what lies beyond is not looked at.
+            values: one a token that was appended, where the models are; what lies beyond is not looked at.
             before: `positions` before the `append`.
         """
         if self.stats.log_z is None:
             self.stats.log_z = torch.zeros(self._done.shape, device=values.device)
-        place = torch.arange(values.shape[1], device=values.device)
-        kept = place < (self.positions - before)[:, None]
-        self.stats.log_z[self.alive] += torch.where(kept, values.float(), 0.0).sum(dim=1)
+        kept = torch.arange(values.shape[1]) < (self.positions - before)[:, None]
+        added = torch.where(self.host.send(kept), values.float(), 0.0).sum(dim=1)
+        self.stats.log_z[self.host.send(self.alive)] += added
 
     def shrink(self) -> torch.Tensor | None:
         """Rows of the batch to go on with, int64 indices into it, when enough have ended; None to go on with all."""
@@ -211,11 +230,11 @@ class Transcript:
         return rows
 
     def sequences(self, pad: int) -> torch.Tensor:
-        """Prompt and new tokens of every row, int64 [B, L + longest], `pad` after a row's end."""
+        """Prompt and new tokens of every row, int64 [B, L + longest] where the models are, `pad` after a row's end."""
         longest = int(self._length.max())
         new = self._tokens[:, :longest].clone()
-        new[torch.arange(longest, device=new.device) >= self._length[:, None]] = pad
-        return torch.cat([self._prompt, new], dim=1)
+        new[torch.arange(longest) >= self._length[:, None]] = pad
+        return self.host.send(torch.cat([self._prompt, new], dim=1))
 
     def _stopped(self, rows: torch.Tensor) -> torch.Tensor:
         """Which of these rows some criterion ends, bool [n].
@@ -231,15 +250,13 @@ class Transcript:
                 if getattr(criterion, "row_by_row", False):
                     found[asked] |= criterion(self._aligned(asked, self._length[asked]), ())
                     continue
-                said = torch.as_tensor(criterion(self._texts(length), ()), device=found.device)
+                said = torch.as_tensor(criterion(self.host.send(self._texts(length)), ())).to(found.device)
                 found[asked] |= said.expand(found.shape)[asked]
         return found[rows]
 
     def _texts(self, length: int) -> torch.Tensor:
         """Every row of the call where rows of `length` new tokens stand: longer ones are cut, shorter ones filled."""
-        return self._aligned(
-            torch.arange(self._length.numel(), device=self._length.device), self._length.clamp(max=length)
-        )
+        return self._aligned(torch.arange(self._length.numel()), self._length.clamp(max=length))
 
     def _aligned(self, rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         longest = int(lengths.max())
@@ -247,5 +264,5 @@ class Transcript:
         if bool((lengths == longest).all()):
             return whole
         # Row b moves right by what it lacks; what comes in from the left is a copy of its first token.
-        index = torch.arange(whole.shape[1], device=rows.device) - (longest - lengths)[:, None]
+        index = torch.arange(whole.shape[1]) - (longest - lengths)[:, None]
         return whole.gather(1, index.clamp(min=0))

@@ -8,8 +8,9 @@ import torch
 
 from personafast import ops
 from personafast.density.direct import Process
-from personafast.density.draft import Draft, Drafter, lengths_in_row
-from personafast.density.draws import Draws, check_target, settle
+from personafast.density.draft import Draft, Drafter, ModelDrafter, lengths_in_row
+from personafast.density.draws import Draws, check_target, nothing_left, settle
+from personafast.density.host import Host
 from personafast.density.normaliser import log_normalisers
 from personafast.density.rule import Rule
 from personafast.density.scorer import Scorer
@@ -59,14 +60,15 @@ def sample_verify(
     """
     if chunk < 1:
         raise PersonafastError(f"chunk: {chunk} is not at least 1")
-    carried = torch.zeros_like(rule.weights) if carry else None
+    host = transcript.host
+    carried = rule.no_ratios() if carry else None
     checked = False
     while transcript.open:
         draft = _drafted(drafter, transcript, draws, chunk, vocabulary, not checked)
         checked = checked or draft.tokens.shape[1] > 0
         lengths = lengths_in_row(transcript, draft, chunk)
         places = torch.arange(draft.tokens.shape[1] + 1, device=lengths.device)
-        tokens = torch.where(places[:-1] < lengths[:, None], draft.tokens, 0)
+        tokens = torch.where(places[:-1] < lengths[:, None], host.send(draft.tokens), 0)
 
         reference, policies = scorer.score(tokens, reference=True)
         assert reference is not None
@@ -76,20 +78,22 @@ def sample_verify(
         over = transcript.is_eos(tokens) & (places[:-1] < lengths[:, None])
         last_place = lengths - over.any(dim=1).to(lengths.dtype)
         target = _processed(process, transcript, tokens, plain, last_place)
-        logp = _normalised(target, tokens, last_place, transcript.ended)
+        logp = _normalised(target, tokens, last_place, transcript.ended, host)
 
         if draws is None:
             new, accepted = _most_probable(logp, tokens, lengths)
         else:
-            new, accepted = ops.verify_draft(
-                logp, draft.logp, tokens, lengths, draws.seeds, transcript.positions, block
-            )
-        transcript.count(lengths, accepted)
+            law = None if draft.logp is None else host.send(draft.logp)
+            seeds, positions = host.send(draws.seeds), host.send(transcript.positions)
+            new, accepted = ops.verify_draft(logp, law, tokens, lengths, seeds, positions, block)
         last = accepted.long()
+        host.expect(new.gather(1, last[:, None])[:, 0] < 0, nothing_left)
+        texts, stood, drafted = host.read(new, accepted, lengths)
+        transcript.count(drafted, stood)
         # A row that has ended stays as it is until it leaves the batch.
-        counts = torch.where(transcript.ended, 0, last + 1)
+        counts = torch.where(transcript.ended, 0, stood.long() + 1)
         before = transcript.positions
-        transcript.append(new, counts)
+        transcript.append(texts, counts)
         if want_log_z:
             drawn = new.clamp(min=0)
             transcript.add_log_z(log_normalisers(rule, reference, policies, plain, drawn, so_far), before)
@@ -97,11 +101,11 @@ def sample_verify(
             rows = torch.arange(last.numel(), device=last.device)
             step = rule.log_ratios(reference[rows, last], policies[:, rows, last], new[rows, last])
             carried = so_far[rows, last] + step
-        scorer.commit(new.clamp(min=0), counts)
-        drafter.commit(new.clamp(min=0), counts)
+        scorer.commit(texts.clamp(min=0), counts)
+        drafter.commit(texts.clamp(min=0), counts)
         kept = transcript.shrink()
         if kept is not None:
-            carried = carried[kept] if carried is not None else None
+            carried = carried[host.send(kept)] if carried is not None else None
             for part in (scorer, rule, draws, drafter):
                 if part is not None:
                     part.keep(kept)
@@ -110,14 +114,15 @@ def sample_verify(
 def _drafted(
     drafter: Drafter, transcript: Transcript, draws: Draws | None, chunk: int, vocabulary: int | None, first: bool
 ) -> Draft:
-    rows, device = transcript.alive.numel(), transcript.alive.device
+    rows = transcript.alive.numel()
     # The row with the most room needs no longer draft: one token always follows it.
     chunk = min(chunk, int(torch.where(transcript.ended, 1, transcript.room).max()) - 1)
     if chunk == 0:
-        return Draft.empty(rows, device)
+        return Draft.empty(rows)
     draft = drafter.draft(transcript, draws, chunk)
     draft.check(rows, chunk, vocabulary)
-    if first:
+    # Ours is what it says, and looking at it would wait for the device.
+    if first and not (transcript.host.remote and isinstance(drafter, ModelDrafter)):
         draft.check_values(vocabulary)
     return draft
 
@@ -146,27 +151,31 @@ def _processed(
     target: torch.Tensor,
     last_place: torch.Tensor,
 ) -> torch.Tensor:
-    """Apply processors at every place some row looks at, with the tokens that lead there."""
+    """Apply processors at every place some row looks at, with the tokens that lead there.
+
+    Which places those are a device does not tell: there it is all of them.
+    """
     if process is None:
         return target
-    ids = torch.cat([transcript.ids(), tokens], dim=1)
+    ids = torch.cat([transcript.shown(), tokens], dim=1)
     first = ids.shape[1] - tokens.shape[1]
-    found = [process(ids[:, : first + j], target[:, j]) for j in range(int(last_place.max()) + 1)]
+    last = tokens.shape[1] if transcript.host.remote else int(last_place.max())
+    found = [process(ids[:, : first + j], target[:, j]) for j in range(last + 1)]
     return torch.cat([torch.stack(found, dim=1).to(target.dtype), target[:, len(found) :]], dim=1)
 
 
 def _normalised(
-    target: torch.Tensor, tokens: torch.Tensor, last_place: torch.Tensor, ended: torch.Tensor
+    target: torch.Tensor, tokens: torch.Tensor, last_place: torch.Tensor, ended: torch.Tensor, host: Host
 ) -> torch.Tensor:
     """Log-probabilities, float32 [B, k + 1, V]; places that cannot be reached are uniform if they are nothing else."""
     logp = settle(target.float(), ended).log_softmax(dim=-1)
     wrong = ~(logp[..., 0] <= 0)
-    if not bool(wrong.any()):
+    if not host.remote and not bool(wrong.any()):
         return logp
     possible = logp[:, :-1].gather(2, tokens[..., None])[..., 0] > -torch.inf
     reached = torch.cat([torch.ones_like(possible[:, :1]), possible], dim=1).cumprod(dim=1).bool()
     reached &= torch.arange(logp.shape[1], device=logp.device) <= last_place[:, None]
-    check_target(torch.where((wrong & reached).any(dim=1), torch.nan, 0.0))
+    check_target(torch.where((wrong & reached).any(dim=1), torch.nan, 0.0), host)
     return torch.where(wrong[..., None], -math.log(logp.shape[2]), logp)
 
 

@@ -201,7 +201,7 @@ class RowCache(Cache):
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows only, int64 on the CPU: their columns move to the front of smaller views."""
-        count, there = rows.shape[0], rows.to(self.lengths.device)
+        count, there = rows.shape[0], rows.to(self.lengths.device, non_blocking=True)
         for layer in self._own:
             if layer.is_initialized:
                 for name in ("keys", "values"):

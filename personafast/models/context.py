@@ -41,7 +41,7 @@ class RaggedContext:
         for row, ids in enumerate(prompts):
             self._prompt[row, length - len(ids) :] = torch.tensor(ids)
             self._live[row, length - len(ids) :] = True
-        self._prompt, self._live = self._prompt.to(device), self._live.to(device)
+        self._prompt = self._prompt.to(device)
         self._started = False
         self._ragged = not bool(self._live.all())
         # Without the configuration every layer keeps all columns, which dead columns in a sliding window need.
@@ -64,7 +64,8 @@ class RaggedContext:
         Args:
             tokens: int64 [R, k].
             keep: how many places to give the logits of.
-            live: bool [R, k], which of them are tokens of their row: a row's own stand at its right. None for all.
+            live: bool [R, k] on the CPU, which of them are tokens of their row: a row's own stand at its right. None
+                for all.
 
         Returns:
             float32 [R, keep, V]; those of a place that is not live mean nothing.
@@ -73,6 +74,7 @@ class RaggedContext:
             UnsupportedModelError: rows get different numbers of tokens, and the model derives positions or windows
                 from columns.
         """
+        tokens = tokens.to(self.device, non_blocking=True)
         fresh = self._live.new_ones(tokens.shape) if live is None else live
         if live is not None and not bool(live.all()):
             self._check_ragged(self._live.shape[1] + tokens.shape[1])
@@ -86,7 +88,7 @@ class RaggedContext:
             whole = torch.cat([self._live, fresh], dim=1)
             start = self._live.sum(dim=1, keepdim=True)
             if live is None:
-                positions = start + torch.arange(tokens.shape[1], device=self.device)
+                positions = start + torch.arange(tokens.shape[1])
             else:
                 positions = start + (live.long().cumsum(dim=1) - 1).clamp(min=0)
         if self._last_position is not None:
@@ -97,10 +99,10 @@ class RaggedContext:
             "past_key_values": self._cache,
             "use_cache": True,
             # Full rows take the path without a mask, as stock generate does.
-            "attention_mask": whole.long() if self._ragged else None,
+            "attention_mask": whole.long().to(self.device, non_blocking=True) if self._ragged else None,
         }
         if "position_ids" in self._parameters:
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = positions.to(self.device, non_blocking=True)
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
         logits = self.model(**inputs).logits[:, -keep:].float()
@@ -108,7 +110,7 @@ class RaggedContext:
         return logits
 
     def rollback(self, counts: torch.Tensor) -> None:
-        """Forget the last counts[r] tokens of row r.
+        """Forget the last counts[r] tokens of row r, int64 [R] on the CPU.
 
         Raises:
             UnsupportedModelError: the counts differ, and the model derives positions from columns.
@@ -123,20 +125,20 @@ class RaggedContext:
             self._check_ragged(0)
             # The columns to forget are the last live ones: rows may hold dead columns from earlier rollbacks.
             from_end = self._live.flip(1).long().cumsum(dim=1).flip(1)
-            self._live = self._live & (from_end > (counts - least).to(self.device)[:, None])
+            self._live = self._live & (from_end > (counts - least)[:, None])
             self._ragged = True
             # A window counts columns, so there none may be dead between live ones.
             self._gather(close=self._window is not None)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows only."""
-        rows = rows.to(self.device)
+        """Go on with these rows only, int64 on the CPU."""
         self._live = self._live[rows]
+        there = rows.to(self.device, non_blocking=True)
         if self._started:
-            self._each(lambda whole: whole[rows])
+            self._each(lambda whole: whole[there])
             self._gather()
         else:
-            self._prompt = self._prompt[rows]
+            self._prompt = self._prompt[there]
 
     def _check_ragged(self, columns: int) -> None:
         """Raise unless dead columns may stand between live ones, `columns` of both in all."""
@@ -160,6 +162,7 @@ class RaggedContext:
         # A stable sort of the flags puts dead columns first and keeps the order of the live ones.
         order = self._live.long().argsort(dim=1, stable=True)[:, columns - needed :]
         self._live = self._live.gather(1, order)
+        order = order.to(self.device, non_blocking=True)
         self._each(
             lambda whole: whole.gather(2, order[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3]))
         )

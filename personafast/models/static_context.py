@@ -88,7 +88,7 @@ class StaticContext:
         """Append tokens [R, k] to every row (after the prompt, the first time) and return the last `keep` logits.
 
         Args:
-            tokens: int64 [R, k] on the CPU.
+            tokens: int64 [R, k], on the CPU, or on the device where that has drawn them and nobody has looked.
             keep: how many places to give the logits of.
             live: bool [R, k] on the CPU, which of them are tokens of their row: a row's own stand at its right. None
                 for all.
@@ -101,7 +101,8 @@ class StaticContext:
         # In the cache a row's own tokens stand at the left, and what is behind them does not count.
         shift = (new - counts)[:, None]
         if live is not None:
-            tokens = tokens.gather(1, (torch.arange(new) + shift).clamp(max=new - 1))
+            order = (torch.arange(new) + shift).clamp(max=new - 1)
+            tokens = tokens.gather(1, order.to(tokens.device, non_blocking=True))
         if self._prompts is not None:
             return self._begin(self._prompts, tokens, counts, keep)
         places = (torch.arange(new - keep, new) - shift).clamp(min=0)
@@ -133,20 +134,23 @@ class StaticContext:
     def _begin(self, prompts: list[list[int]], tokens: torch.Tensor, counts: torch.Tensor, keep: int) -> torch.Tensor:
         """The prompts and what is fed with them, each row from column 0 on."""
         self._prompts = None
-        fed = zip(prompts, tokens.tolist(), counts.tolist(), strict=True)
-        texts = [ids + row[:count] for ids, row, count in fed]
-        lengths = torch.tensor([len(text) for text in texts])
-        whole = torch.zeros(self.seats, int(lengths.max()), dtype=torch.long)
-        for row, text in enumerate(texts):
-            whole[row, : len(text)] = torch.tensor(text)
+        starts = torch.tensor([len(ids) for ids in prompts])
+        whole = torch.zeros(self.seats, int(starts.max()) + tokens.shape[1], dtype=torch.long)
+        for row, ids in enumerate(prompts):
+            whole[row, : len(ids)] = torch.tensor(ids)
+        columns = starts[:, None] + torch.arange(tokens.shape[1])
+        whole, columns, tokens = (part.to(self.device, non_blocking=True) for part in (whole, columns, tokens))
+        whole[: len(prompts)].scatter_(1, columns, tokens)
+        lengths = starts + counts
+        whole = whole[:, : int(lengths.max())]
         places = (lengths[:, None] - keep + torch.arange(keep)).clamp(min=0)
         plan = self.cache.begin(whole.shape[1])
         if "logits_to_keep" in self._names:
             # The head is applied where some row needs it, not at every place of a long prompt.
             needed, places = places.unique(return_inverse=True)
-            logits = self._call(whole.to(self.device), plan.positions, needed.to(self.device))
+            logits = self._call(whole, plan.positions, needed.to(self.device, non_blocking=True))
         else:
-            logits = self._call(whole.to(self.device), plan.positions, None)
+            logits = self._call(whole, plan.positions, None)
         self._advance(lengths)
         return self._at(logits, places)
 
@@ -154,7 +158,8 @@ class StaticContext:
         """Logits [seats, k, V] of the tokens behind every row's last; they are in the cache, and do not count yet."""
         new = tokens.shape[1]
         if self._recorder is None or new > RECORDED:
-            return self._call(self._all(tokens).to(self.device), self.cache.begin(new).positions, None)
+            fed = self._all(tokens).to(self.device, non_blocking=True)
+            return self._call(fed, self.cache.begin(new).positions, None)
         columns = min(-(-(self.cache.bound + new) // BUCKET) * BUCKET, self.cache.capacity)
         self.cache.begin(new, columns)
         key = (self.slots.kinds, new, columns)
@@ -203,4 +208,5 @@ class StaticContext:
         """[R, ...] of the rows as [seats, ...], 0 where nobody sits."""
         if torch.equal(self._seat, torch.arange(self.seats)):
             return of_rows
-        return of_rows.new_zeros(self.seats, *of_rows.shape[1:]).index_copy(0, self._seat, of_rows)
+        seat = self._seat.to(of_rows.device, non_blocking=True)
+        return of_rows.new_zeros(self.seats, *of_rows.shape[1:]).index_copy(0, seat, of_rows)
