@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -14,6 +15,9 @@ from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.models.patch import Patch
 from personafast.models.rows import NOBODY
+
+# Whether models of one row run side by side on a GPU; in turn otherwise, as always on a CPU.
+FORK = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class _Seats:
             seats, row = self._of_references
             reference[row] = logits[seats]
 
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where this model runs while others do."""
+        return torch.cuda.Stream(self._device)
+
     def keep(self, new: torch.Tensor) -> bool:
         """Go on with the rows that have a new index, int64 [B]; whether any member is left."""
         left = (new[self.row] >= 0).nonzero().flatten()
@@ -128,8 +137,9 @@ class _Seats:
 class ModelScorer:
     """Reference and policies of B rows.
 
-    Members of one model share its forward passes, one row each; models run one after the other. Drafts may be on the
-    CPU or where the models are; what is committed, and which rows go on, is told on the CPU.
+    Members of one model share its forward passes, one row each; models run side by side on a GPU, else one after the
+    other. Drafts may be on the CPU or where the models are; what is committed, and which rows go on, is told on the
+    CPU.
 
     Args:
         patch: the model with its banks, of every member that names no other.
@@ -197,8 +207,7 @@ class ModelScorer:
         places = draft.shape[1] + 1
         of_reference: torch.Tensor | None = None
         policies: torch.Tensor | None = None
-        for seats in self._joint:
-            logits = seats.logits(draft, places)
+        for seats, logits in self._side_by_side(draft, places):
             shape = (self._rows, *logits.shape[1:])
             if self._regular:
                 own = logits.shape[0] - self._count * self._rows
@@ -220,6 +229,23 @@ class ModelScorer:
         if reference and of_reference is None:
             of_reference = policies.new_zeros(policies.shape[1:])
         return (of_reference if reference else None), policies
+
+    def _side_by_side(self, draft: torch.Tensor, keep: int) -> list[tuple[_Seats, torch.Tensor]]:
+        """Logits of all members, model by model: on a GPU at the same time, each in a stream of its own."""
+        if not (FORK and self._device.type == "cuda" and len(self._joint) > 1):
+            return [(seats, seats.logits(draft, keep)) for seats in self._joint]
+        here, found = torch.cuda.current_stream(self._device), []
+        for seats in self._joint:
+            stream = seats.stream
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                logits = seats.logits(draft, keep)
+                # It was allocated in that stream, and is read in this one.
+                logits.record_stream(here)
+            found.append((seats, logits))
+        for seats in self._joint:
+            here.wait_stream(seats.stream)
+        return found
 
     def speak(self, member: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
         """See `Scorer.speak`; models of which no member speaks are not run, and catch up when one does."""

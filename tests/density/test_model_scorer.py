@@ -159,3 +159,65 @@ def test_rows_that_end_at_different_times_speak_as_they_do_alone(net, library):
             lengths.add(alone.numel())
             assert out[row, : alone.numel()].tolist() == alone.tolist() and not out[row, alone.numel() :].any()
     assert len(lengths) > 4
+
+
+def test_models_run_side_by_side_on_a_gpu_and_what_reads_their_logits_waits_for_all(monkeypatch):
+    from personafast.density import model_scorer
+
+    log, streams = [], []
+
+    class Stream:
+        def __init__(self, name="here"):
+            self.name = name if isinstance(name, str) else f"side {len(streams)}"
+            if not isinstance(name, str):
+                streams.append(self)
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self):
+            log.append(f"enter {self.name}")
+
+        def __exit__(self, *_):
+            log.append(f"leave {self.name}")
+
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    net, other = tiny.model(), tiny.model(seed=3)
+    patches = [Patch(part, anatomy(part), 1) for part in (net, other)]
+    for patch in patches:
+        patch.install()
+    rows = [Member([5, 6], -1, -1, -1), Member([7], -1, -1, -1)]
+    policies = [[Member([5, 6], -1, -1, -1, patches[1])], [Member([7], -1, -1, -1, patches[1])]]
+
+    def scores(fork):
+        scorer = ModelScorer(patches[0], rows, policies, stats=GenerationStats(), device=torch.device("cpu"))
+        if fork:
+            scorer._device = torch.device("cuda")
+        with torch.no_grad():
+            return scorer.score(torch.zeros(2, 0, dtype=torch.long), reference=True)
+
+    expected = scores(fork=False)
+    assert log == []
+    found = scores(fork=True)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+    assert log == [
+        "side 0 waits for here",
+        "enter side 0",
+        "kept for here",
+        "leave side 0",
+        "side 1 waits for here",
+        "enter side 1",
+        "kept for here",
+        "leave side 1",
+        "here waits for side 0",
+        "here waits for side 1",
+    ]
+    log.clear()
+    monkeypatch.setattr(model_scorer, "FORK", False)
+    scores(fork=True)
+    assert log == []
