@@ -40,10 +40,10 @@ class Draft:
     deterministic: bool = False
 
     @staticmethod
-    def empty(rows: int) -> Draft:
-        """No tokens."""
-        tokens = torch.zeros(rows, 0, dtype=torch.long)
-        return Draft(tokens, None, torch.zeros(rows, dtype=torch.int32), deterministic=True)
+    def empty(rows: int, device: torch.device | None = None) -> Draft:
+        """No tokens, on the CPU by default."""
+        tokens = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        return Draft(tokens, None, torch.zeros(rows, dtype=torch.int32, device=device), deterministic=True)
 
     def check(self, rows: int, chunk: int, vocabulary: int | None = None) -> None:
         """Raise `PersonafastError` unless this is a draft of at most `chunk` tokens for so many rows."""
