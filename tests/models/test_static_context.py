@@ -25,6 +25,8 @@ def check(logits, net, texts, live=None):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_ragged_feeding_and_rollback_equal_a_fresh_forward(family, recorder):
     net, twin = tiny.model(family), tiny.model(family)
+    if family == "gemma2":  # some versions of transformers let sdpa ignore the soft cap
+        twin.set_attn_implementation("eager")
     context = StaticContext(net, 4, 64, CPU, recorder)
     generator = torch.Generator().manual_seed(1)
     for texts in ([[5, 6, 7, 8], [9], [10, 11]], [[12, 13], [14, 15, 16, 17, 18]]):  # one context, two texts
