@@ -1,6 +1,7 @@
 """What sparse_linear's machine code has to be for its speed, on GPUs that are not here."""
 
 import os
+import re
 
 import pytest
 
@@ -9,10 +10,42 @@ pytest.importorskip("personafast._triton", reason="needs an installed personafas
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton
+from personafast._triton import launch as launching
+
 from benchmarks.gpu.cases.sparse_linear import SPECIMENS
 from benchmarks.gpu.offline import launches
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.tensor_cores or "bfloat16" in s.name], ids=str)
+def test_each_lane_holds_the_elements_that_the_matrix_instruction_takes_for_its_own(specimen, capability, monkeypatch):
+    """The instruction goes by the number of the lane: element l of the last axis has to be in lane l of its warp."""
+    compiled = []
+
+    def resolve(kernel, grid, config, args):
+        made = kernel.warmup(*args, grid=grid, **config.constants, **config.options)
+        compiled.append(made)
+        return made.run, made.function, made.packed_metadata
+
+    monkeypatch.setattr(launching, "_resolve", resolve)
+    monkeypatch.setattr(launching, "_resolved", {})
+    launches(specimen.call, capability)
+    looked_at = 0
+    for made in compiled:
+        text = made.asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>$", text, flags=re.M))
+        for line in text.splitlines():
+            if 'elementwise_inline_asm "mma.sync' in line:
+                for shape, layout in re.findall(r"tensor<([\dx]+)x[if]32, (#\w+)>", line):
+                    assert shape.endswith("x32")
+                    assert re.search(r"sizePerThread = \[[\d, ]*\b1\]", layouts[layout])
+                    assert re.search(r"threadsPerWarp = \[(1, )+32\]", layouts[layout])
+                    looked_at += 1
+    assert looked_at or "sparse_linear_kernel" not in {made.metadata.name for made in compiled}
+
+
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="Triton 3.6 shuffles the bits of four rows through memory")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_one_warp_needs_no_barrier_no_conversion_and_the_older_matrix_instruction(capability):
     (specimen,) = (s for s in SPECIMENS if s.name == "bfloat16, 1 rows x 14336 x 4096")
