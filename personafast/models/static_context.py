@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from personafast.models.cache import COLUMNS, RowCache
 from personafast.models.context import learned_positions
-from personafast.models.graphs import CudaGraph, Tape
+from personafast.models.graphs import CudaGraph, GraphError, Tape
 from personafast.models.row_attention import attending
 from personafast.models.rows import DeviceSlots
 
@@ -55,7 +56,7 @@ class StaticContext:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.cache = RowCache(text.num_hidden_layers, seats, capacity, device)
         self.slots = DeviceSlots(seats, device)
-        self._recorder = recorder
+        self._recorder, self._seats_stay = recorder, recorder is not None
         self._recordings: dict[tuple[tuple[str, ...], int, int], tuple[torch.Tensor, CudaGraph | Tape]] = {}
         self._version: object = None
         self._pool = torch.cuda.graph_pool_handle() if recorder is CudaGraph else None
@@ -125,7 +126,7 @@ class StaticContext:
         if self._prompts is not None:
             self._prompts = [self._prompts[row] for row in rows.tolist()]
             self._seat = torch.arange(rows.shape[0])
-        elif self._recorder is not None:
+        elif self._seats_stay:
             self._seat = self._seat[rows]
         else:
             self.cache.keep(self._seat[rows])
@@ -170,7 +171,13 @@ class StaticContext:
             def work() -> torch.Tensor:
                 return self._call(fixed, self.cache.planned(new, columns).positions, None)
 
-            recording = self._recorder(work, {"tokens": fixed, "lengths": self.cache.lengths}, self._pool)
+            try:
+                recording = self._recorder(work, {"tokens": fixed, "lengths": self.cache.lengths}, self._pool)
+            except GraphError as error:
+                # Some models look at values on their way, as for rotary embeddings that depend on the length.
+                warnings.warn(f"{type(self.model).__name__} is called pass by pass: {error}", stacklevel=2)
+                self._recorder = None
+                return self._pass(tokens)
             known = self._recordings[key] = (fixed, recording)
         fixed, recording = known
         fixed.copy_(self._all(tokens), non_blocking=True)

@@ -93,3 +93,23 @@ def test_places_of_rows_with_fewer_tokens_stand_at_the_right():
     logits = context.feed(torch.tensor([[8, 9], [0, 10]]), 2, live)
     check(logits[:, 1], twin, [[5, 6, 8, 9], [7, 10]])
     torch.testing.assert_close(logits[0, 0], fresh(twin, [5, 6, 8]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_values_is_called_pass_by_pass():
+    net, twin = tiny.model(), tiny.model()
+    looks = []
+
+    def look(module, args, kwargs):
+        looks.append(int(kwargs["position_ids"].max()))
+
+    context = StaticContext(net, 3, 64, CPU, Tape).start([[5, 6], [7], [8, 9]])
+    context.feed(torch.zeros(3, 0, dtype=torch.long), 1)
+    net.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is called pass by pass: graphs: .* reads a tensor's value"):
+        logits = context.feed(torch.tensor([[10], [11], [12]]), 1)[:, 0]
+    check(logits, twin, [[5, 6, 10], [7, 11], [8, 9, 12]])
+    context.keep(torch.tensor([2, 1]))
+    logits = context.feed(torch.tensor([[13], [14]]), 1)[:, 0]
+    check(logits, twin, [[8, 9, 12, 13], [7, 11, 14]])
+    assert looks[-1] == 3 and not context._recordings
