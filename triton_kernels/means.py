@@ -71,7 +71,7 @@ def linear(b_logs, b_weight):
     b_added = tl.sum(tl.where(b_weight > 0, b_sizes, 0.0), 0)
     b_taken = tl.sum(tl.where(b_weight < 0, b_sizes, 0.0), 0)
     b_rest = b_added - b_taken
-    m_left = (b_taken == 0) | ~(b_rest <= CANCELLED * b_added)
+    m_left = (b_taken == 0) | ~(b_rest <= b_added * CANCELLED)
     m_left = m_left & (b_rest != 0)
     return tl.where(m_left, b_top + tl.log(tl.where(m_left, b_rest, 1.0)), -float("inf"))
 

@@ -158,7 +158,7 @@ def verify_draft_masses_kernel(
         b_wide = b_scale.to(tl.float64)
         m_last = (o_k == length - 1) & (b_u < b_wide)
         certain = tl.max(tl.where((o_k < length) & ((b_scale == 1.0) | m_last), o_k + 1, 0), 0)
-        m_open = (o_k + 1 > certain) & (o_k + 1 < length) & (b_u < _SLACK * b_wide)
+        m_open = (o_k + 1 > certain) & (o_k + 1 < length) & (b_u < b_wide * _SLACK)
         b_scale = tl.where(m_open | (o_k + 1 == certain), b_scale, -1.0)
         for place in range(tl.program_id(1), k + 1, tl.num_programs(1)):
             scale = tl.max(tl.where(o_k + 1 == place, b_scale, -1.0), 0)
