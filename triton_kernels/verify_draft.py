@@ -91,8 +91,7 @@ def _store_masses(
     """The sums of a block at one place of a row: of (scale q - p)+, if a drafted token is there, and of q."""
     o_v = i_v.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < V
-    # The interpreter counts in Python's numbers.
-    i_place = tl.to_tensor(place).to(tl.int64)
+    i_place = tl.cast(place, tl.int64)
     p_row = p_target + i_place * s_target_t
     if place < length:
         token = tl.load(p_tokens + i_place)
