@@ -105,7 +105,10 @@ def sparse_linear_kernel(
     WARPS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """2 PAIRS outputs by ROWS rows of x; the features are split among WARPS warps. `s_bitmap` in bytes."""
+    """2 PAIRS outputs by ROWS rows of x; the features are split among WARPS warps.
+
+    `s_bitmap` is in bytes, `s_x` in 16 bytes.
+    """
     OUTPUTS: tl.constexpr = 2 * PAIRS
     DTYPE: tl.constexpr = p_values.dtype.element_ty
     o_r = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -139,7 +142,7 @@ def sparse_linear_kernel(
     b_start = (p_values.to(tl.int64) + b_first * 2).to(tl.int32)[:, None]
     b_shift = (tl.arange(0, 4) * 8)[None, :, None, None]
     p_x_rows = p_x.to(tl.pointer_type(tl.int32), bitcast=True)
-    p_x_rows += tl.minimum(o_t, T - 1).to(tl.int64)[:, None, None, None] * (s_x // 2)
+    p_x_rows += tl.minimum(o_t, T - 1).to(tl.int64)[:, None, None] * (s_x * 4)
     b_c0 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
     b_c1 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
     b_c2 = tl.zeros([PAIRS, ROWS, WARPS, 32], tl.float32)
@@ -150,13 +153,17 @@ def sparse_linear_kernel(
         b_bits = b_next
         # The next bits on their way before these are looked at: their values wait for them.
         o_byte = (o_part + i)[:, None] + o_l[None, :]
-        o_x = o_byte[:, :, None] * 4 + tl.arange(0, 4)
+        # The four pairs of x that belong to a lane's byte. Written as one row of adjacent ones, which are laid over the
+        # lanes in fours; of two axes the older compilers would take another one for that of the lanes.
+        o_x = (o_part + i)[:, None] * 4 + tl.arange(0, 128)[None, :]
         if EVEN:
-            b_next = tl.load(p_bytes + tl.minimum(o_byte + 32, n_bytes - 1)[None]).to(tl.int32)
+            # Under a mask that is the same for all lanes. Of a minimum the compiler does not see that its bytes are adjacent; older ones
+            # then lay them over the lanes another way than x, and send every weight through shared memory.
+            b_next = tl.load(p_bytes + (o_byte + 32)[None], mask=(o_l < n_part - i - 32)[None, None]).to(tl.int32)
             b_x = tl.load(p_x_rows + o_x[None])
         else:
             b_next = tl.load(p_bytes + (o_byte + 32)[None], mask=(o_byte + 32 < n_bytes)[None], other=0).to(tl.int32)
-            b_x = tl.load(p_x_rows + o_x[None], mask=(o_byte < n_bytes)[None, :, :, None], other=0)
+            b_x = tl.load(p_x_rows + o_x[None], mask=(o_x < n_bytes * 4)[None], other=0)
         b_count = _popcount(b_bits)
         b_packed = tl.sum(b_count.reshape(OUTPUTS // 4, 4, WARPS, 32) << b_shift, 1)
         b_before = (((tl.cumsum(b_packed, 2) - b_packed)[:, None] >> b_shift) & 255).reshape(OUTPUTS, WARPS, 32)
@@ -377,7 +384,7 @@ def sparse_linear(
             T,
             outputs,
             features,
-            x.stride(0),
+            x.stride(0) // 8,
             4 * bitmap.shape[1],
         )
     else:

@@ -58,3 +58,13 @@ def test_one_warp_needs_no_barrier_no_conversion_and_the_older_matrix_instructio
     loop = next(i for i, line in enumerate(launch.sass) if "LTC256B" in line or "U16.CONSTANT" in line)
     last = max(i for i, line in enumerate(launch.sass) if "HMMA" in line)
     assert last - loop < 10 * 32, "more than 10 instructions a weight"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_weight_and_no_x_goes_through_shared_memory(capability):
+    """Bits, values and x lie over the lanes in one way from the load on: some compilers see to that only if asked."""
+    (specimen,) = (s for s in SPECIMENS if s.name == "bfloat16, 8 rows x 14336 x 4096")
+    (launch,) = launches(specimen.call, capability)
+    last = max(i for i, line in enumerate(launch.sass) if "HMMA" in line)
+    assert not [line for line in launch.sass[:last] if "STS" in line or "LDS." in line]
+    assert launch.count(r"LDG\.E\..*128") >= 8  # a load of x for every row
