@@ -10,7 +10,6 @@ pytest.importorskip("personafast._triton", reason="needs an installed personafas
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-import triton
 from personafast._triton import launch as launching
 
 from benchmarks.gpu.cases.sparse_linear import SPECIMENS
@@ -45,7 +44,6 @@ def test_each_lane_holds_the_elements_that_the_matrix_instruction_takes_for_its_
     assert looked_at or "sparse_linear_kernel" not in {made.metadata.name for made in compiled}
 
 
-@pytest.mark.skipif(triton.__version__ < "3.7", reason="Triton 3.6 shuffles the bits of four rows through memory")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_one_warp_needs_no_barrier_no_conversion_and_the_older_matrix_instruction(capability):
     (specimen,) = (s for s in SPECIMENS if s.name == "bfloat16, 1 rows x 14336 x 4096")
