@@ -157,8 +157,9 @@ def sparse_linear_kernel(
         # lanes in fours; of two axes the older compilers would take another one for that of the lanes.
         o_x = (o_part + i)[:, None] * 4 + tl.arange(0, 128)[None, :]
         if EVEN:
-            # Under a mask that is the same for all lanes. Of a minimum the compiler does not see that its bytes are adjacent; older ones
-            # then lay them over the lanes another way than x, and send every weight through shared memory.
+            # Under a mask that is the same for all lanes. Of a minimum the compiler does not see that its bytes are
+            # adjacent; older ones then lay them over the lanes another way than x, and send every weight through shared
+            # memory.
             b_next = tl.load(p_bytes + (o_byte + 32)[None], mask=(o_l < n_part - i - 32)[None, None]).to(tl.int32)
             b_x = tl.load(p_x_rows + o_x[None])
         else:
