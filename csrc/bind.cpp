@@ -6,7 +6,6 @@
 #include "bind_args.h"
 #include "personafast/aggregate_logits.h"
 #include "personafast/attend.h"
-#include "personafast/chunk_scores.h"
 #include "personafast/elementary.h"
 #include "personafast/isa.h"
 #include "personafast/lora_delta.h"
@@ -100,17 +99,10 @@ void attend(uintptr_t out, int64_t out_stride_b, int64_t out_stride_h, int64_t o
   attend_cpu(args, threads);
 }
 
-void chunk_accept(uintptr_t out, uintptr_t scores, uintptr_t log_bound, uintptr_t log_u, uintptr_t lengths,
-                  int64_t rows, int64_t chunk) {
-  chunk_accept_cpu(at<int32_t>(out), at<const float>(scores), at<const float>(log_bound), at<const float>(log_u),
-                   at<const int32_t>(lengths), rows, chunk);
-}
-
-int64_t chunk_scores(uintptr_t out, uintptr_t ref, uintptr_t policies, uintptr_t weights, uintptr_t carried,
-                     uintptr_t aggregator, uintptr_t p, int64_t rows, int64_t members, int64_t chunk) {
-  return chunk_scores_cpu({at<float>(out), at<const float>(ref), at<const float>(policies), at<const float>(weights),
-                           at<const float>(carried), at<const int32_t>(aggregator), at<const float>(p), rows, members,
-                           chunk});
+// A few hundred numbers: not worth releasing the lock of the interpreter for.
+template <class Result, class Args, class... P>
+auto on_this_thread(Args (*make)(P...), Result (*kernel)(const Args&)) {
+  return [=](P... parameters) { return kernel(make(parameters...)); };
 }
 
 void exp_each(uintptr_t x, uintptr_t out, int64_t count) { exp_cpu(at<const float>(x), at<float>(out), count); }
@@ -318,8 +310,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("compress", &compress, "personafast/sparse_linear.h");
   module.def("aggregate_logits", &aggregate_logits, "personafast/aggregate_logits.h");
   module.def("attend", &attend, "personafast/attend.h");
-  module.def("chunk_accept", &chunk_accept, "personafast/chunk_scores.h");
-  module.def("chunk_scores", &chunk_scores, "personafast/chunk_scores.h");
+  module.def("chunk_accept", on_this_thread(chunk_accept_args, chunk_accept_cpu), "personafast/chunk_scores.h");
+  module.def("chunk_scores", on_this_thread(chunk_scores_args, chunk_scores_cpu), "personafast/chunk_scores.h");
   module.def("exp", &exp_each, "personafast/elementary.h");
   module.def("expm1", &expm1_each, "personafast/elementary.h");
   module.def("inject_", on_cpu(inject_args, inject_cpu), "personafast/inject.h");

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "personafast/add_inject_rms_norm.h"
+#include "personafast/chunk_scores.h"
 #include "personafast/inject.h"
 #include "personafast/steer.h"
 
@@ -39,6 +40,41 @@ inline AddInjectRmsNormArgs add_inject_rms_norm_args(uintptr_t normed, uintptr_t
           rows,
           width,
           bank_rows};
+}
+
+inline ChunkAcceptArgs chunk_accept_args(uintptr_t out, uintptr_t scores, uintptr_t log_bound, uintptr_t log_u,
+                                         uintptr_t lengths, int64_t rows, int64_t chunk) {
+  return {at<int32_t>(out),
+          at<const float>(scores),
+          at<const float>(log_bound),
+          at<const float>(log_u),
+          at<const int32_t>(lengths),
+          rows,
+          chunk};
+}
+
+inline ChunkScoresArgs chunk_scores_args(uintptr_t out, uintptr_t ref, uintptr_t policies, uintptr_t weights,
+                                         uintptr_t carried, uintptr_t aggregator, uintptr_t p, int64_t rows,
+                                         int64_t members, int64_t chunk) {
+  return {at<float>(out),
+          at<const float>(ref),
+          at<const float>(policies),
+          at<const float>(weights),
+          at<const float>(carried),
+          at<const int32_t>(aggregator),
+          at<const float>(p),
+          rows,
+          members,
+          chunk};
+}
+
+inline ChunkScoresAcceptArgs chunk_scores_accept_args(uintptr_t scores, uintptr_t accepted, uintptr_t ref,
+                                                      uintptr_t policies, uintptr_t weights, uintptr_t carried,
+                                                      uintptr_t aggregator, uintptr_t p, uintptr_t log_bound,
+                                                      uintptr_t log_u, uintptr_t lengths, int64_t rows, int64_t members,
+                                                      int64_t chunk) {
+  return {chunk_scores_args(scores, ref, policies, weights, carried, aggregator, p, rows, members, chunk),
+          chunk_accept_args(accepted, scores, log_bound, log_u, lengths, rows, chunk)};
 }
 
 inline InjectArgs inject_args(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t bank,

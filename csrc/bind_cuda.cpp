@@ -46,6 +46,13 @@ void bind_cuda(py::module_& module) {
   module.def("add_inject_rms_norm_cuda",
              on_gpu("add_inject_rms_norm_kernel", add_inject_rms_norm_args, add_inject_rms_norm_cuda),
              "personafast/add_inject_rms_norm.h");
+  module.def("chunk_accept_cuda", on_gpu("chunk_accept_kernel", chunk_accept_args, chunk_accept_cuda),
+             "personafast/chunk_scores.h");
+  module.def("chunk_scores_accept_cuda",
+             on_gpu("chunk_scores_kernel", chunk_scores_accept_args, chunk_scores_accept_cuda),
+             "personafast/chunk_scores.h");
+  module.def("chunk_scores_cuda", on_gpu("chunk_scores_kernel", chunk_scores_args, chunk_scores_cuda),
+             "personafast/chunk_scores.h");
   module.def("inject_cuda", on_gpu("inject_kernel", inject_args, inject_cuda), "personafast/inject.h");
   module.def("steer_cuda", on_gpu("steer_kernel", steer_args, steer_cuda), "personafast/steer.h");
 }

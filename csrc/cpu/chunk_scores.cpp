@@ -157,16 +157,15 @@ int64_t chunk_scores_cpu(const ChunkScoresArgs& args) {
   return -1;
 }
 
-void chunk_accept_cpu(int32_t* out, const float* scores, const float* log_bound, const float* log_u,
-                      const int32_t* lengths, int64_t rows, int64_t chunk) {
-  for (int64_t row = 0; row < rows; ++row) {
-    int64_t j = lengths[row] < chunk ? lengths[row] : chunk;
+void chunk_accept_cpu(const ChunkAcceptArgs& args) {
+  for (int64_t row = 0; row < args.rows; ++row) {
+    int64_t j = args.lengths[row] < args.chunk ? args.lengths[row] : args.chunk;
     while (j > 0) {
-      const int64_t at = row * chunk + j - 1;
-      if (log_u[at] < scores[at] - log_bound[at]) break;
+      const int64_t at = row * args.chunk + j - 1;
+      if (args.log_u[at] < args.scores[at] - args.log_bound[at]) break;
       --j;
     }
-    out[row] = static_cast<int32_t>(j > 0 ? j : 0);
+    args.out[row] = static_cast<int32_t>(j > 0 ? j : 0);
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._library import (
     FLOATS,
     check_devices,
@@ -20,6 +20,9 @@ _OP = "chunk_accept"
 
 # A program of the Triton kernels keeps a row in registers. An estimate: no GPU has measured it.
 LIMIT = _backend.Limit(1 << 14, "numbers a row")
+
+# A warp of the CUDA kernels takes a row, where Triton's programs grow with it. An estimate likewise.
+CUDA_LIMIT = _backend.Limit(512, "numbers a row")
 
 
 def validate(
@@ -103,6 +106,34 @@ def _cpp(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, len
     return accepted
 
 
+def cuda_refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why the CUDA kernels cannot take these tensors, all of one device; None if they can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.float32, torch.int32):
+            return f"dtype {tensor.dtype}"
+        if not tensor.is_contiguous():
+            return "a tensor that is not contiguous"
+    return None
+
+
+def _on_cuda(scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    accepted = torch.empty_like(lengths)
+    _cuda.launch(
+        "chunk_accept_cuda",
+        scores.get_device(),
+        accepted.data_ptr(),
+        scores.data_ptr(),
+        log_bound.data_ptr(),
+        log_u.data_ptr(),
+        lengths.data_ptr(),
+        scores.shape[0],
+        scores.shape[1],
+    )
+    return accepted
+
+
 def run(
     op: str, scores: torch.Tensor, log_bound: torch.Tensor, log_u: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
@@ -113,9 +144,15 @@ def run(
         if why is None:
             return _cpp(scores, log_bound, log_u, lengths)
         _backend.refuse(op, why)
-    elif backend == "triton":
+    elif backend in ("triton", "cuda"):
         check_devices(op, scores.device, log_bound=log_bound, log_u=log_u, lengths=lengths)
-        return _backend.module("triton").chunk_accept(scores, log_bound, log_u, lengths)
+        if backend == "cuda":
+            why = cuda_refuses(scores, log_bound, log_u, lengths)
+            if why is None:
+                return _on_cuda(scores, log_bound, log_u, lengths)
+            backend = _backend.instead(op, scores.device.type, backend, why, scores.shape[1])
+        if backend == "triton":
+            return _backend.module("triton").chunk_accept(scores, log_bound, log_u, lengths)
     return (reference if backend == "reference" else _vectorised)(scores, log_bound, log_u, lengths)
 
 
@@ -133,8 +170,8 @@ _op = register(
     "chunk_accept(Tensor scores, Tensor log_bound, Tensor log_u, Tensor lengths) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
-    limits={"triton": LIMIT},
+    kernels=("cpu", "triton", "cuda"),
+    limits={"triton": LIMIT, "cuda": CUDA_LIMIT},
 )
 
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from personafast.ops import _backend, _means
+from personafast.ops import _backend, _cuda, _means
 from personafast.ops._aggregator import Aggregator, check_members, check_rule_shapes, poison, rules_in_use
-from personafast.ops._chunk_accept import LIMIT
+from personafast.ops._chunk_accept import CUDA_LIMIT, LIMIT, cuda_refuses
 from personafast.ops._library import (
     FLOATS,
     check_devices,
@@ -23,6 +23,9 @@ _OP = "chunk_scores"
 
 # Weights that sum to 1 up to their rounding sum to 1: an exponent near 0 would make much of the rest.
 WHOLE = 1e-6
+
+# Of so many policies the CUDA kernels keep the log ratios of 32 tokens in the shared memory of any GPU.
+_CUDA_MEMBERS = 256
 
 
 def validate(
@@ -162,6 +165,46 @@ def _cpp(
     return scores
 
 
+def on_cuda_refuses(
+    ref_logp: torch.Tensor,
+    policy_logp: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    p: torch.Tensor,
+) -> str | None:
+    """Why the CUDA kernel cannot take these tensors, all of one device; None if it can."""
+    if policy_logp.shape[0] > _CUDA_MEMBERS:
+        return f"more than {_CUDA_MEMBERS} policies"
+    return cuda_refuses(ref_logp, policy_logp, weights, carried, aggregator, p)
+
+
+def _on_cuda(
+    ref_logp: torch.Tensor,
+    policy_logp: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    p: torch.Tensor,
+) -> torch.Tensor:
+    scores = torch.empty_like(ref_logp)
+    _cuda.launch(
+        "chunk_scores_cuda",
+        scores.get_device(),
+        scores.data_ptr(),
+        ref_logp.data_ptr(),
+        policy_logp.data_ptr(),
+        weights.data_ptr(),
+        0 if carried is None else carried.data_ptr(),
+        aggregator.data_ptr(),
+        p.data_ptr(),
+        scores.shape[0],
+        policy_logp.shape[0],
+        scores.shape[1],
+    )
+    return scores
+
+
 def run(
     op: str,
     ref_logp: torch.Tensor,
@@ -172,17 +215,24 @@ def run(
     p: torch.Tensor,
 ) -> torch.Tensor:
     """`chunk_scores` of valid arguments, on the backend that is picked for `op`."""
-    backend = _backend.pick(op, ref_logp.device.type, policy_logp.shape[0] * policy_logp.shape[2])
+    size = policy_logp.shape[0] * policy_logp.shape[2]
+    backend = _backend.pick(op, ref_logp.device.type, size)
     if backend == "cpu":
         small = weights.is_cpu and aggregator.is_cpu and p.is_cpu and (carried is None or carried.is_cpu)
         if ref_logp.is_cpu and policy_logp.is_cpu and small:
             return _cpp(ref_logp, policy_logp, weights, carried, aggregator, p)
         _backend.refuse(op, "tensors of several devices")
-    elif backend == "triton":
+    elif backend in ("triton", "cuda"):
         others = {"policy_logp": policy_logp, "weights": weights, "carried": carried}
         check_devices(op, ref_logp.device, **others, aggregator=aggregator, p=p)
         rules_in_use(op, aggregator, weights, p)
-        return _backend.module("triton").chunk_scores(ref_logp, policy_logp, weights, carried, aggregator, p)
+        if backend == "cuda":
+            why = on_cuda_refuses(ref_logp, policy_logp, weights, carried, aggregator, p)
+            if why is None:
+                return _on_cuda(ref_logp, policy_logp, weights, carried, aggregator, p)
+            backend = _backend.instead(op, ref_logp.device.type, backend, why, size)
+        if backend == "triton":
+            return _backend.module("triton").chunk_scores(ref_logp, policy_logp, weights, carried, aggregator, p)
     form = reference if backend == "reference" else _vectorised
     return form(ref_logp, policy_logp, weights, carried, aggregator, p)
 
@@ -216,8 +266,8 @@ _op = register(
     " -> Tensor",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
-    limits={"triton": LIMIT},
+    kernels=("cpu", "triton", "cuda"),
+    limits={"triton": LIMIT, "cuda": CUDA_LIMIT},
 )
 
 

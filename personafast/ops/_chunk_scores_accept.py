@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.ops import _backend, _chunk_accept, _chunk_scores
+from personafast.ops import _backend, _chunk_accept, _chunk_scores, _cuda
 from personafast.ops._aggregator import rules_in_use
 from personafast.ops._library import check_devices, register
 
@@ -42,6 +42,39 @@ def reference(
     return scores, _chunk_accept.reference(scores, log_bound, log_u, lengths)
 
 
+def _on_cuda(
+    ref_logp: torch.Tensor,
+    policy_logp: torch.Tensor,
+    weights: torch.Tensor,
+    carried: torch.Tensor | None,
+    aggregator: torch.Tensor,
+    p: torch.Tensor,
+    log_bound: torch.Tensor,
+    log_u: torch.Tensor,
+    lengths: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, accepted = torch.empty_like(ref_logp), torch.empty_like(lengths)
+    _cuda.launch(
+        "chunk_scores_accept_cuda",
+        scores.get_device(),
+        scores.data_ptr(),
+        accepted.data_ptr(),
+        ref_logp.data_ptr(),
+        policy_logp.data_ptr(),
+        weights.data_ptr(),
+        0 if carried is None else carried.data_ptr(),
+        aggregator.data_ptr(),
+        p.data_ptr(),
+        log_bound.data_ptr(),
+        log_u.data_ptr(),
+        lengths.data_ptr(),
+        scores.shape[0],
+        policy_logp.shape[0],
+        scores.shape[1],
+    )
+    return scores, accepted
+
+
 def _run(
     ref_logp: torch.Tensor,
     policy_logp: torch.Tensor,
@@ -55,13 +88,21 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _validate(ref_logp, policy_logp, weights, carried, aggregator, p, log_bound, log_u, lengths)
     size = policy_logp.shape[0] * policy_logp.shape[2]
-    if _backend.pick(_OP, ref_logp.device.type, size) == "triton":
+    backend = _backend.pick(_OP, ref_logp.device.type, size)
+    if backend in ("triton", "cuda"):
         others = {"policy_logp": policy_logp, "weights": weights, "carried": carried, "aggregator": aggregator, "p": p}
         check_devices(_OP, ref_logp.device, **others, log_bound=log_bound, log_u=log_u, lengths=lengths)
         rules_in_use(_OP, aggregator, weights, p)
-        return _backend.module("triton").chunk_scores_accept(
-            ref_logp, policy_logp, weights, carried, aggregator, p, log_bound, log_u, lengths
-        )
+        if backend == "cuda":
+            why = _chunk_scores.on_cuda_refuses(ref_logp, policy_logp, weights, carried, aggregator, p)
+            why = why or _chunk_accept.cuda_refuses(log_bound, log_u, lengths)
+            if why is None:
+                return _on_cuda(ref_logp, policy_logp, weights, carried, aggregator, p, log_bound, log_u, lengths)
+            backend = _backend.instead(_OP, ref_logp.device.type, backend, why, size)
+        if backend == "triton":
+            return _backend.module("triton").chunk_scores_accept(
+                ref_logp, policy_logp, weights, carried, aggregator, p, log_bound, log_u, lengths
+            )
     scores = _chunk_scores.run(_OP, ref_logp, policy_logp, weights, carried, aggregator, p)
     return scores, _chunk_accept.run(_OP, scores, log_bound, log_u, lengths)
 
@@ -86,8 +127,8 @@ _op = register(
     " Tensor p, Tensor log_bound, Tensor log_u, Tensor lengths) -> (Tensor, Tensor)",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
-    limits={"triton": _chunk_accept.LIMIT},
+    kernels=("cpu", "triton", "cuda"),
+    limits={"triton": _chunk_accept.LIMIT, "cuda": _chunk_accept.CUDA_LIMIT},
 )
 
 

@@ -74,6 +74,13 @@ def test_rows_that_allow_it_move_16_bytes_at_a_time(kernel):
         assert count(code, r"LDG\.E(?!\.128)") <= 6 and not count(code, r"STG\.E(?!\.128)"), name
 
 
+def test_chunk_scores_asks_for_everything_before_it_waits():
+    """Nine loads, and five more for policies and carried ratios of further members, before anything is exchanged."""
+    (code,) = named("chunk_scores_kernelILi8ELb1").values()
+    first = next(i for i, line in enumerate(code) if re.search(r"SHFL|STS|LDS|F2F|MUFU", line))
+    assert count(code[:first], r"LDG\.E") >= 14
+
+
 @pytest.mark.parametrize(
     "kernel", ["inject_kernelILNS_5DtypeE1ELS2_1ELi8ELi1ELb1", "steer_kernelILNS_5DtypeE1ELS2_1ELi8ELNS0_5ReadsE0"]
 )

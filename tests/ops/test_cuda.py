@@ -15,7 +15,23 @@ from personafast.ops import _backend, _cuda
 core = pytest.importorskip("personafast._C")
 
 STREAM = 0x5EED
-LAUNCHERS = {"inject_cuda": "inject_", "steer_cuda": "steer_", "add_inject_rms_norm_cuda": "add_inject_rms_norm"}
+
+
+def scores_accept(scores, accepted, *args):
+    of_scores, of_accept, sizes = args[:6], args[6:9], args[9:]
+    assert core.chunk_scores(scores, *of_scores, *sizes) == -1
+    core.chunk_accept(accepted, scores, *of_accept, sizes[0], sizes[2])
+
+
+# The kernel of the CPU that each is, with the number of threads for its last argument if it has any.
+LAUNCHERS = {
+    "add_inject_rms_norm_cuda": (core.add_inject_rms_norm, 1),
+    "chunk_accept_cuda": (core.chunk_accept,),
+    "chunk_scores_accept_cuda": (scores_accept,),
+    "chunk_scores_cuda": (core.chunk_scores,),
+    "inject_cuda": (core.inject_, 1),
+    "steer_cuda": (core.steer_, 1),
+}
 
 
 @pytest.fixture
@@ -26,7 +42,8 @@ def calls(monkeypatch):
     def launcher(name):
         def run(*args):
             made.append((name, args[-1]))
-            getattr(core, LAUNCHERS[name])(*args[:-1], 1)
+            kernel, *threads = LAUNCHERS[name]
+            kernel(*args[:-1], *threads)
 
         return run
 
@@ -83,6 +100,62 @@ def test_add_inject_rms_norm(calls, dtype):
     for made, expected in zip(ops.add_inject_rms_norm(*args), ops._add_inject_rms_norm.reference(*args), strict=True):
         torch.testing.assert_close(made, expected)
     assert calls == [("add_inject_rms_norm_cuda", STREAM - 1)]
+
+
+def chunk(B=7, N=3, k=5):
+    """The arguments of `chunk_scores_accept`, a row of every rule and one without weights."""
+    torch.manual_seed(1)
+    ref, policies = -3 * torch.rand(B, k), -3 * torch.rand(N, B, k)
+    weights = torch.rand(B, N) * (torch.arange(B) < 6)[:, None]
+    of_scores = ref, policies, weights, torch.randn(B, N), torch.arange(B, dtype=torch.int32) % 6, torch.rand(B)
+    return *of_scores, 2 * torch.rand(B, k), torch.rand(B, k).log(), torch.arange(B, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_chunk_scores_and_accept(calls, carried):
+    args = list(chunk())
+    args[3] = args[3] if carried else None
+    expected = ops._chunk_scores.reference(*args[:6])
+    accepted = ops._chunk_accept.reference(expected, *args[6:])
+    assert 0 < accepted.sum()
+    scores = ops.chunk_scores(*args[:6])
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(ops.chunk_accept(scores, *args[6:]), accepted)
+    for made, one_by_one in zip(ops.chunk_scores_accept(*args), (scores, accepted), strict=True):
+        assert torch.equal(made, one_by_one)
+    assert [name for name, _ in calls] == ["chunk_scores_cuda", "chunk_accept_cuda", "chunk_scores_accept_cuda"]
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "why"),
+    [
+        (0, lambda ref: ref.bfloat16(), "dtype torch.bfloat16"),
+        (1, lambda policies: policies.transpose(0, 1).contiguous().transpose(0, 1), "not contiguous"),
+        (2, lambda weights: weights.double(), "dtype torch.float64"),
+        (6, lambda bound: bound[:1].expand(7, 5), "not contiguous"),
+        (8, lambda lengths: torch.stack([lengths, lengths], 1)[:, 0], "not contiguous"),
+    ],
+)
+def test_chunks_that_cuda_does_not_take(calls, monkeypatch, index, change, why):
+    args = list(chunk())
+    args[index] = change(args[index])
+    expected = ops._chunk_scores_accept.reference(*args)
+    for made, wanted in zip(ops.chunk_scores_accept(*args), expected, strict=True):
+        torch.testing.assert_close(made, wanted)
+    assert not any(name == "chunk_scores_accept_cuda" for name, _ in calls)
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match=f"backend 'cuda' cannot take .*{why}"):
+        ops.chunk_scores_accept(*args)
+    operator, part = (ops.chunk_scores, args[:6]) if index < 6 else (ops.chunk_accept, [args[0], *args[6:]])
+    with pytest.raises(BackendError, match=f"backend 'cuda' cannot take .*{why}"):
+        operator(*part)
+
+
+def test_more_policies_than_fit_shared_memory(calls):
+    args = chunk(B=1, N=257, k=1)
+    ops.chunk_scores(*args[:6])
+    assert calls == []
 
 
 @pytest.mark.parametrize(

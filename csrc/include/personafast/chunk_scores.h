@@ -24,9 +24,31 @@ struct ChunkScoresArgs {
 // rule allows none; then what has been written is of no use.
 int64_t chunk_scores_cpu(const ChunkScoresArgs& args);
 
+// See personafast/cuda.h. A row for which the CPU's returns is NaN.
+int chunk_scores_cuda(const ChunkScoresArgs& args, void* stream);
+
 // out[b] = the largest j <= lengths[b] with log_u[b, j - 1] < scores[b, j - 1] - log_bound[b, j - 1], or 0. All
 // [rows, chunk] but lengths and out, [rows].
-void chunk_accept_cpu(int32_t* out, const float* scores, const float* log_bound, const float* log_u,
-                      const int32_t* lengths, int64_t rows, int64_t chunk);
+struct ChunkAcceptArgs {
+  int32_t* out;
+  const float* scores;
+  const float* log_bound;
+  const float* log_u;
+  const int32_t* lengths;
+  int64_t rows;
+  int64_t chunk;
+};
+
+void chunk_accept_cpu(const ChunkAcceptArgs& args);
+
+int chunk_accept_cuda(const ChunkAcceptArgs& args, void* stream);
+
+// Both, of the scores that the first writes; `accept` has the same rows and chunk.
+struct ChunkScoresAcceptArgs {
+  ChunkScoresArgs scores;
+  ChunkAcceptArgs accept;
+};
+
+int chunk_scores_accept_cuda(const ChunkScoresAcceptArgs& args, void* stream);
 
 }  // namespace personafast

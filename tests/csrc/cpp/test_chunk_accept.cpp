@@ -21,7 +21,8 @@ static void one(Random& random) {
     const int64_t length = random.chance(5) ? random.pick<int64_t>({INT32_MIN, INT32_MAX}) : random.between(0, chunk);
     lengths[b] = static_cast<int32_t>(length);
   }
-  personafast::chunk_accept_cpu(out.data(), scores.data(), log_bound.data(), log_u.data(), lengths.data(), rows, chunk);
+  personafast::chunk_accept_cpu(
+      {out.data(), scores.data(), log_bound.data(), log_u.data(), lengths.data(), rows, chunk});
   for (int64_t b = 0; b < rows; ++b) {
     int32_t expected = 0;
     for (int32_t j = 1; j <= lengths[b] && j <= chunk; ++j) {
