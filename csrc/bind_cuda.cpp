@@ -47,5 +47,7 @@ void bind_cuda(py::module_& module) {
              on_gpu("add_inject_rms_norm_kernel", add_inject_rms_norm_args, add_inject_rms_norm_cuda),
              "personafast/add_inject_rms_norm.h");
   module.def("inject_cuda", on_gpu("inject_kernel", inject_args, inject_cuda), "personafast/inject.h");
+  module.def("masked_linear_cuda", on_gpu("masked_linear_kernel", masked_linear_args, masked_linear_cuda),
+             "personafast/masked_linear.h");
   module.def("steer_cuda", on_gpu("steer_kernel", steer_args, steer_cuda), "personafast/steer.h");
 }
