@@ -150,27 +150,6 @@ void linear(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t weight_stride,
   masked_linear_cpu(args, threads);
 }
 
-int64_t masked_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride,
-                      uintptr_t masks, uintptr_t slots, uintptr_t gamma, uintptr_t bias, int64_t rows, int64_t outputs,
-                      int64_t features, int64_t personas, int dtype, int threads) {
-  const MaskedLinearArgs args = {at<void>(out),
-                                 at<const void>(x),
-                                 x_stride,
-                                 at<const void>(weight),
-                                 weight_stride,
-                                 at<const int32_t>(masks),
-                                 at<const int32_t>(slots),
-                                 at<const float>(gamma),
-                                 at<const void>(bias),
-                                 rows,
-                                 outputs,
-                                 features,
-                                 personas,
-                                 static_cast<Dtype>(dtype)};
-  py::gil_scoped_release released;
-  return masked_linear_cpu(args, threads);
-}
-
 void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, float eps, int64_t rows, int64_t width, int dtype) {
   py::gil_scoped_release released;
   rms_norm_cpu({at<void>(out), at<const void>(x), at<const void>(weight), eps, rows, width, static_cast<Dtype>(dtype)});
@@ -319,7 +298,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("log1p", &log1p_each, "personafast/elementary.h");
   module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
-  module.def("masked_linear", &masked_linear, "personafast/masked_linear.h");
+  module.def("masked_linear", on_cpu(masked_linear_args, masked_linear_cpu), "personafast/masked_linear.h");
   module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("rms_norm", &rms_norm, "personafast/rms_norm.h");

@@ -7,6 +7,7 @@
 #include "personafast/add_inject_rms_norm.h"
 #include "personafast/chunk_scores.h"
 #include "personafast/inject.h"
+#include "personafast/masked_linear.h"
 #include "personafast/steer.h"
 
 namespace personafast {
@@ -91,6 +92,26 @@ inline InjectArgs inject_args(uintptr_t hidden, int64_t hidden_stride, int hidde
           rows,
           width,
           bank_rows};
+}
+
+inline MaskedLinearArgs masked_linear_args(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight,
+                                           int64_t weight_stride, uintptr_t masks, uintptr_t slots, uintptr_t gamma,
+                                           uintptr_t bias, int64_t rows, int64_t outputs, int64_t features,
+                                           int64_t personas, int dtype) {
+  return {at<void>(out),
+          at<const void>(x),
+          x_stride,
+          at<const void>(weight),
+          weight_stride,
+          at<const int32_t>(masks),
+          at<const int32_t>(slots),
+          at<const float>(gamma),
+          at<const void>(bias),
+          rows,
+          outputs,
+          features,
+          personas,
+          static_cast<Dtype>(dtype)};
 }
 
 inline SteerArgs steer_args(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t directions,

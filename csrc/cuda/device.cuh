@@ -37,6 +37,12 @@ __device__ __forceinline__ void store16(void* at, uint4 words) { *static_cast<ui
 __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+// The same bits, of which the compiler knows nothing any more.
+__device__ __forceinline__ uint32_t opaque(uint32_t bits) {
+  asm("" : "+r"(bits));
+  return bits;
+}
+
 __device__ __forceinline__ float bf16_to_float(uint32_t low_bits) { return __uint_as_float(low_bits << 16); }
 
 __device__ __forceinline__ float f16_to_float(uint32_t low_bits) {
@@ -58,10 +64,31 @@ __device__ __forceinline__ uint32_t floats_to_f16x2(float low, float high) {
   return pair;
 }
 
+// a b + c of two numbers each, rounded once. No number is flushed to zero.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+
 // 16 bytes to shared memory that arrive behind the kernel's back; both addresses are multiples of 16.
 __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+
+// The same of 4 bytes, at multiples of 4.
+__device__ __forceinline__ void copy4_async(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(global)
       : "memory");
 }

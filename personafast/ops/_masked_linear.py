@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
     PLAIN,
@@ -29,6 +29,10 @@ _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to here the C++ kernel wins even where all rows have one mask (docs/kernels.md); above, the matrix product of the
 # BLAS makes up for unpacking the mask.
 KERNEL_ROWS = 512
+
+# The CUDA kernel's time grows with every 8 rows, Triton's for many rows with the masks in use. An estimate until a GPU
+# has measured it.
+CUDA_ROWS = 16
 
 
 def _validate(
@@ -174,12 +178,17 @@ def _run(
     backend = _backend.pick("masked_linear", x.device.type, x.shape[0])
     if backend == "reference":
         return reference(x, weight, masks, slots, gamma, bias)
-    if backend in ("cpu", "triton"):
-        why = _kernel_refuses(x, weight)
-        if why is None:
-            kernel = _cpp if backend == "cpu" else _backend.module("triton").masked_linear
-            return kernel(x, weight, masks, slots, gamma, bias)
+    if backend == "cuda" and weight.shape[1] % 8 and _backend.forced() is None:
+        # The CUDA kernel takes such rows number by number.
+        why = "rows that are no multiple of 8"
+        backend = _backend.instead("masked_linear", x.device.type, backend, why, x.shape[0])
+    why = _kernel_refuses(x, weight)
+    if why is not None and backend in ("cpu", "triton", "cuda"):
         _backend.refuse("masked_linear", why)
+    elif backend in ("cpu", "cuda"):
+        return _cpp(x, weight, masks, slots, gamma, bias, backend)
+    elif backend == "triton":
+        return _backend.module("triton").masked_linear(x, weight, masks, slots, gamma, bias)
     return _grouped(x, weight, masks, slots, gamma, bias)
 
 
@@ -190,6 +199,7 @@ def _cpp(
     slots: torch.Tensor,
     gamma: torch.Tensor | None,
     bias: torch.Tensor | None,
+    backend: str = "cpu",
 ) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -199,7 +209,7 @@ def _cpp(
     gamma = None if gamma is None else gamma.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty((x.shape[0], weight.shape[0]))
-    wrong = _backend.module("cpu").masked_linear(
+    args = (
         out.data_ptr(),
         x.data_ptr(),
         x.stride(0),
@@ -214,8 +224,11 @@ def _cpp(
         x.shape[1],
         masks.shape[0],
         _KERNEL_DTYPES[x.dtype],
-        torch.get_num_threads(),
     )
+    if backend == "cuda":
+        _cuda.launch("masked_linear_cuda", x.get_device(), *args)
+        return out
+    wrong = _backend.module("cpu").masked_linear(*args, torch.get_num_threads())
     if wrong >= 0:
         check_slot_range("masked_linear", "slots", slots, masks.shape[0])
     return out
@@ -238,8 +251,8 @@ _op = register(
     " -> Tensor",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
-    limits={"cpu": _backend.Limit(KERNEL_ROWS)},
+    kernels=("cpu", "triton", "cuda"),
+    limits={"cpu": _backend.Limit(KERNEL_ROWS), "cuda": _backend.Limit(CUDA_ROWS)},
 )
 
 
@@ -257,7 +270,8 @@ def masked_linear(
     Without gamma a masked-out weight takes no part at all: it may be infinite or NaN. Sums are in fp32 and rounded
     once. Up to 512 rows a C++ kernel reads the shared weight once and one bit a weight and persona; more rows are
     grouped by mask, one matrix product a distinct mask. On a GPU few rows take one pass over the weight for every 8,
-    and many rows are grouped by mask on the device, which the host does not wait for, and go to the tensor cores.
+    in a kernel of CUDA C++ up to 16 where it was built, and many rows are grouped by mask on the device, which the host
+    does not wait for, and go to the tensor cores.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

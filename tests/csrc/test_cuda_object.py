@@ -89,3 +89,27 @@ def test_hidden_is_asked_for_before_the_slot_has_come(kernel):
     loads = [line for line in code if re.search(r"LDG|EXIT|BRA", line)]
     first = next(i for i, line in enumerate(loads) if re.search(r"LDG\.E\.128 ", line))
     assert not any(re.search(r"EXIT|BRA|CONSTANT", line) for line in loads[:first]), loads
+
+
+def tensor_core_loops(code):
+    """For every loop that multiplies on tensor cores: its instructions."""
+    starts = {}
+    for i, line in enumerate(code):
+        jump = re.search(r"BRA 0x([0-9a-f]+)", line)
+        if jump and (first := int(jump[1], 16) // 16) <= i:
+            starts[first] = i + 1
+    bodies = [code[first:last] for first, last in starts.items()]
+    return [body for body in bodies if count(body, "HMMA")]
+
+
+def test_masked_linear_takes_two_instructions_a_pair_of_weights():
+    """Picking the bits, and an addition that keeps or drops: all else is shared by the masks, or done once a word."""
+    # bf16, no gamma, words of masks copied by fours
+    (code,) = named("masked_linear_kernelILNS_5DtypeE1ELb0ELb1").values()
+    inner = min(tensor_core_loops(code), key=len)
+    # 8 masks of 2 outputs and 32 columns a lane, on tensor cores 8 weights a lane at a time
+    assert count(inner, "HMMA") == 64
+    assert count(inner, "HFMA2") == 256
+    assert count(inner, "LOP3") <= 256 + 8 * 2 * 4
+    assert len(inner) <= 1.8 * 512
+    assert count(code, r"LDGSTS\.E\.BYPASS\.128") and count(inner, r"LDS\.128") == 8

@@ -30,6 +30,7 @@ LAUNCHERS = {
     "chunk_scores_accept_cuda": (scores_accept,),
     "chunk_scores_cuda": (core.chunk_scores,),
     "inject_cuda": (core.inject_, 1),
+    "masked_linear_cuda": (core.masked_linear, 1),
     "steer_cuda": (core.steer_, 1),
 }
 
@@ -156,6 +157,39 @@ def test_more_policies_than_fit_shared_memory(calls):
     args = chunk(B=1, N=257, k=1)
     ops.chunk_scores(*args[:6])
     assert calls == []
+
+
+def masked(dtype, count=4, outputs=5, features=40):
+    masks = ops.pack_mask(torch.rand(3 * outputs, 96) < 0.5).view(3, outputs, 3)[:, :, : -(-features // 32)]
+    slots = torch.arange(-1, 3, dtype=torch.int32).repeat(count)[:count]
+    return rows(dtype, features, count).t(), rows(dtype, outputs, features, features + 8), masks, slots
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_masked_linear(calls, dtype, soft):
+    args = *masked(dtype), torch.randn(3, 2)[:, 0] if soft else None, None if soft else torch.randn(10).to(dtype)[::2]
+    made = ops.masked_linear(*args)
+    torch.testing.assert_close(made, ops._masked_linear.reference(*args))
+    assert calls == [("masked_linear_cuda", STREAM - 1)]
+
+
+def test_masked_linear_of_many_rows_or_of_another_layout_goes_elsewhere_unless_cuda_was_asked_for(calls, monkeypatch):
+    few, many = masked(torch.float32, 16), masked(torch.float32, 17)
+    ops.masked_linear(*few)
+    assert len(calls) == 1
+    ops.masked_linear(*many)
+    spread = few[0], few[1].repeat_interleave(2, 1)[:, ::2], *few[2:]
+    torch.testing.assert_close(ops.masked_linear(*spread), ops.masked_linear(*few))
+    odd = masked(torch.float32, 2, features=41)
+    ops.masked_linear(*odd)
+    assert len(calls) == 2
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    ops.masked_linear(*many)
+    ops.masked_linear(*odd)
+    assert len(calls) == 4
+    with pytest.raises(BackendError, match="masked_linear: backend 'cuda' cannot take a weight whose rows"):
+        ops.masked_linear(*spread)
 
 
 @pytest.mark.parametrize(

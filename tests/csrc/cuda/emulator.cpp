@@ -435,6 +435,17 @@ uint32_t floats_to_bf16x2(float low, float high) { return to_bf16(high) << 16 | 
 
 uint32_t floats_to_f16x2(float low, float high) { return to_f16(high) << 16 | to_f16(low); }
 
+// A product of two such numbers is an fp32 number, so that the sum is rounded twice: to fp32 first.
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return floats_to_bf16x2(fmaf(bf16_to_float(a & 0xffffu), bf16_to_float(b & 0xffffu), bf16_to_float(c & 0xffffu)),
+                          fmaf(bf16_to_float(a >> 16), bf16_to_float(b >> 16), bf16_to_float(c >> 16)));
+}
+
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  return floats_to_f16x2(fmaf(f16_to_float(a & 0xffffu), f16_to_float(b & 0xffffu), f16_to_float(c & 0xffffu)),
+                         fmaf(f16_to_float(a >> 16), f16_to_float(b >> 16), f16_to_float(c >> 16)));
+}
+
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   mma("mma_bf16", d, a, b, [](uint32_t bits) { return bf16_to_float(bits); });
 }

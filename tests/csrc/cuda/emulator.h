@@ -207,13 +207,23 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+inline uint32_t opaque(uint32_t bits) { return bits; }
+
 inline float bf16_to_float(uint32_t low_bits) { return float_of(low_bits << 16); }
 float f16_to_float(uint32_t low_bits);
 uint32_t floats_to_bf16x2(float low, float high);
 uint32_t floats_to_f16x2(float low, float high);
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c);
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c);
 
 inline void copy16_async(void* shared, const void* global) {
   emulator::copy_async(const_cast<void*>(wide(shared)), wide(global), 16);
+}
+inline void copy4_async(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 4 != 0 || reinterpret_cast<uintptr_t>(global) % 4 != 0) {
+    emulator::fail("4 bytes from %p to %p, which are not both multiples of 4", global, shared);
+  }
+  emulator::copy_async(shared, global, 4);
 }
 inline void copies_commit() { emulator::copies_commit(); }
 template <int Pending>
