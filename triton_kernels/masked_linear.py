@@ -56,7 +56,7 @@ def _widen(b, ASM: tl.constexpr):
     """`b` in fp32."""
     if ASM and b.dtype == tl.bfloat16:
         # The compiler takes two instructions for the upper half of a pair, where clearing the lower is enough.
-        return tl.inline_asm_elementwise(_WIDEN, "=f,=f,r", [b], dtype=tl.float32, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(_WIDEN, "=&f,=&f,r", [b], dtype=tl.float32, is_pure=True, pack=2)
     else:
         return b.to(tl.float32)
 

@@ -1,6 +1,9 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.inline_ptx import understood
 from personafast._triton.launch import Device
 from personafast._triton.masked_linear import (
     masked_linear_few_config,
@@ -10,6 +13,29 @@ from personafast._triton.masked_linear import (
 
 from personafast import ops
 from personafast.errors import BackendError
+
+kernels = importlib.import_module("personafast._triton.masked_linear")
+
+
+@pytest.fixture
+def assembly(monkeypatch):
+    """The kernels with inline assembly, which the interpreter is taught here; lists what they were launched with."""
+    launched = []
+
+    def launch(kernel, grid, config, *args):
+        launched.append(config.constants)
+        return real(kernel, grid, config, *args)
+
+    real = kernels.launch
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "interpreting", lambda: False)
+    configs = kernels._few, kernels._many
+    for config in (*configs, kernels.masked_linear_few_config, kernels.masked_linear_many_config):
+        getattr(config, "cache_clear", lambda: None)()
+    with understood():
+        yield launched
+    for config in configs:
+        config.cache_clear()
 
 
 def make(rows, features, outputs, personas, dtype, pad=0):
@@ -128,3 +154,30 @@ def test_configurations():
     assert masked_linear_many_config(20, 4096, 4, torch.bfloat16, small).constants["BLOCK_T"] == 32
     assert [masked_linear_way(rows, 64) for rows in (16, 64, 128, 129)] == ["few", "few", "few", "many"]
     assert [masked_linear_way(rows, 1) for rows in (8, 11, 12)] == ["few", "few", "many"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_assembly_decides_by_every_byte_of_a_mask(assembly, rows, soft, dtype):
+    """256 bytes, each with its own bits; what is masked out is infinite or no number, and dense rows are among them."""
+    if rows > 8 and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bits of bf16 instead of its numbers")
+    g = torch.Generator().manual_seed(rows)
+    features, outputs = 2048, 3
+    x = torch.randn(rows, features, generator=g).to(dtype)
+    weight = torch.randn(outputs, features, generator=g).to(dtype)
+    masks = torch.stack([torch.randperm(256, generator=g) for _ in range(2 * outputs)]).to(torch.uint8)
+    masks = masks.view(torch.int32).view(2, outputs, -1)
+    with ops.use_backend("reference"):
+        kept = ops.unpack_mask(masks.flatten(0, 1), features).view(2, outputs, features)
+    slots = torch.arange(rows, dtype=torch.int32) % (3 if soft else 2) - (1 if soft else 0)
+    gamma = torch.tensor([0.25, -2.0]) if soft else None
+    if not soft:
+        bad = ~kept.any(0)
+        assert bad.any()
+        weight[bad] = torch.tensor([float("inf"), float("nan"), -float("inf")]).to(dtype)[torch.arange(bad.sum()) % 3]
+    actual = ops.masked_linear(x, weight, masks, slots, gamma, None)
+    weight = torch.where(weight.isfinite(), weight, 0.0)
+    assert assembly and assembly[-1]["ASM"] and actual.isfinite().all()
+    check(x, weight, kept, slots, gamma, None, actual)
