@@ -180,8 +180,8 @@ def _run(
         return reference(x, weight, masks, slots, gamma, bias)
     if backend == "cuda" and weight.shape[1] % 8 and _backend.forced() is None:
         # The CUDA kernel takes such rows number by number.
-        why = "rows that are no multiple of 8"
-        backend = _backend.instead("masked_linear", x.device.type, backend, why, x.shape[0])
+        narrow = "rows that are no multiple of 8"
+        backend = _backend.instead("masked_linear", x.device.type, backend, narrow, x.shape[0])
     why = _kernel_refuses(x, weight)
     if why is not None and backend in ("cpu", "triton", "cuda"):
         _backend.refuse("masked_linear", why)
