@@ -180,7 +180,7 @@ def _multiply(bfloat, names, registers, read):
 
 
 def _permute(a, b, selector):
-    """Byte i of the result is that of b:a which nibble i of the selector says; with its top bit, eight times its sign."""
+    """Byte i of the result is that of b:a which nibble i of the selector says; with its top bit, its sign 8 times."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(a)
     for i in range(4):
