@@ -30,8 +30,8 @@ struct MaskedLinearArgs {
 // nothing has been written.
 int64_t masked_linear_cpu(const MaskedLinearArgs& args, int threads);
 
-// See personafast/cuda.h. A row whose slot is out of range takes the dense weight. A row's result does not depend on the
-// other rows either.
+// See personafast/cuda.h. A row whose slot is out of range takes the dense weight. A row's result does not depend on
+// the other rows either.
 int masked_linear_cuda(const MaskedLinearArgs& args, void* stream);
 
 }  // namespace personafast
