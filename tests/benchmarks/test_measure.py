@@ -84,6 +84,7 @@ def test_torch_under_another_policy_is_refused(monkeypatch):
 def test_facts_of_the_machine():
     hardware = machine.hardware()
     assert hardware["threads"] == torch.get_num_threads() and hardware["memory_bytes"] > 0
-    assert machine.versions()["torch"] == torch.__version__
+    # A distribution's metadata may leave out what stands behind the plus of its build.
+    assert machine.versions()["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     name = machine.machine_name()
     assert name == name.lower() and "/" not in name and f"{torch.get_num_threads()}-threads" in name
