@@ -15,7 +15,7 @@ from personafast.errors import FormatError, PersonafastError
 from personafast.masks.mask import PersonaMask
 from personafast.models.anatomy import Anatomy, ModelShape, linear_features
 from personafast.persona import Persona
-from personafast.vectors.vector import PersonaVector
+from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
 
 FORMAT_VERSION = 1
 _INDEX, _VECTORS, _MASKS, _POLICIES = "library.json", "vectors.safetensors", "masks.safetensors", "policies"
@@ -213,6 +213,7 @@ class PersonaLibrary:
             "vectors": {
                 name: {
                     "blocks": list(vector.blocks),
+                    "hook_point": vector.hook_point,
                     "norms": [round(norm, 4) for norm in vector.norms.tolist()],
                     **vector.metadata,
                 }
@@ -235,9 +236,10 @@ class PersonaLibrary:
         for name, card in cards.items():
             if name not in tensors:
                 raise FormatError(f"{folder / _VECTORS}: lacks the vector {name!r} that {_INDEX} lists; save it again")
-            metadata = {key: value for key, value in card.items() if key not in ("blocks", "norms")}
+            metadata = {key: value for key, value in card.items() if key not in ("blocks", "norms", "hook_point")}
+            hook_point = card.get("hook_point", BLOCK_OUTPUT)
             try:
-                self.add_vector(name, PersonaVector(tensors[name], card.get("blocks") or (), metadata))
+                self.add_vector(name, PersonaVector(tensors[name], card.get("blocks") or (), metadata, hook_point))
             except PersonafastError as error:
                 raise FormatError(f"{folder / _VECTORS}: {name!r}: {error}") from None
 
@@ -290,6 +292,11 @@ def _fit(name: str, vector: PersonaVector, shape: ModelShape) -> None:
         raise PersonafastError(
             f"vectors[{name!r}]: hidden size {hidden}, the model has {shape.hidden_size}; "
             "use a vector extracted from this model"
+        )
+    if vector.hook_point != BLOCK_OUTPUT:
+        raise PersonafastError(
+            f"vectors[{name!r}]: read at {vector.hook_point!r}, and vectors act at the output of blocks; "
+            "extract it there"
         )
     if blocks != shape.num_blocks:
         raise PersonafastError(
