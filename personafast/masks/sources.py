@@ -120,9 +120,10 @@ def _from_csv(path: Path, content: str, side: str) -> list[CalibrationText]:
         raise FormatError(f"{path}: no column {missing[0]!r}; expected question, matching, not_matching")
     texts = []
     for number, row in enumerate(rows, 2):
-        if not (row[answer] or "").strip() or not (row["question"] or "").strip():
-            raise FormatError(f"{path}: row {number} lacks its question or {answer}; fill it in or drop it")
-        texts.append(CalibrationText(row[answer].strip(), row["question"].strip()))
+        # Real tables have rows without a question; an answer that stands alone is a text too.
+        if not (row[answer] or "").strip():
+            raise FormatError(f"{path}: row {number} has no {answer}; fill it in or drop it")
+        texts.append(CalibrationText(row[answer].strip(), (row["question"] or "").strip()))
     return texts
 
 

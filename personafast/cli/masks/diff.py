@@ -14,7 +14,10 @@ from personafast.errors import PersonafastError
 if TYPE_CHECKING:
     from personafast.masks import ModuleDifference
 
-EXAMPLE = "**Where do two opposing masks part?**\n\n`personafast masks diff seek reject --library my-masks --plot parting.png`"
+EXAMPLE = (
+    "**Where do two opposing masks part?**\n\n"
+    "`personafast masks diff seek reject --library my-masks --plot parting.png`"
+)
 
 
 def diff(
@@ -78,7 +81,7 @@ def _print(rows: list[ModuleDifference], first: str, second: str) -> None:
     from rich.table import Table
 
     table = Table(title=f"{first} and {second}, in % of weights", title_justify="left")
-    table.add_column("module")
+    table.add_column("module", overflow="fold")
     for heading in (f"{first} keeps", f"{second} keeps", "differ", "Jaccard"):
         table.add_column(heading, justify="right")
     totals = _totals(rows)

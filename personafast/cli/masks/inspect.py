@@ -65,7 +65,7 @@ def _print_one(name: str, facts: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"What {name} keeps", title_justify="left")
     for heading in ("module", "kept, %", "weights", "bytes"):
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+        table.add_column(heading, justify="left" if heading == "module" else "right", overflow="fold")
     for row in facts["modules"]:
         table.add_row(row["path"], f"{100 * row['kept']:.2f}", f"{row['weights']:,}", f"{row['bytes']:,}")
     table.add_section()
