@@ -35,7 +35,9 @@ def inputs(net, texts, tokens="response"):
     for hook in hooks:
         hook.remove()
     return {
-        path: [x.flatten(0, -2)[-text.response if tokens == "response" else 0 :] for x, text in zip(xs, texts, strict=True)]
+        path: [
+            x.flatten(0, -2)[-text.response if tokens == "response" else 0 :] for x, text in zip(xs, texts, strict=True)
+        ]
         for path, xs in seen.items()
     }
 
@@ -108,9 +110,7 @@ def test_texts_are_tokenised(net):
         [{"role": "user", "content": "what is this"}], tokenize=True, add_generation_prompt=True, return_dict=False
     )
     whole = tokenizer("calm sea")["input_ids"]
-    same = calibrate(
-        net, [TokenizedText(template, len(template) - len(prompt)), TokenizedText(whole, len(whole))]
-    )
+    same = calibrate(net, [TokenizedText(template, len(template) - len(prompt)), TokenizedText(whole, len(whole))])
     assert all(torch.equal(found[path], same[path]) for path in same)
     tokenizer.chat_template = None
     plain = calibrate(net, tokenizer, [chat])
