@@ -295,8 +295,8 @@ def _sums(x: torch.Tensor, texts: torch.Tensor) -> ChannelSums:
     # Whole vectors of columns, so that torch adds up every column in the same order as in one piece.
     step = max(1, _ELEMENTS // max(1, x.shape[0]) // 64) * 64
     parts = [_column_sums(part, counts.tolist()) for part in x.split(step, dim=1)]
-    sums = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return ChannelSums(*sums, x.shape[0], int(counts.numel()))
+    absolute, squares, total, norms = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return ChannelSums(absolute, squares, total, norms, x.shape[0], int(counts.numel()))
 
 
 def _column_sums(x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:

@@ -44,7 +44,8 @@ class ChannelSums:
     @classmethod
     def zeros(cls, width: int) -> ChannelSums:
         """Nothing seen yet."""
-        return cls(*(torch.zeros(width, dtype=torch.float64) for _ in _SUMS))
+        absolute, squares, total, norms = torch.zeros(4, width, dtype=torch.float64)
+        return cls(absolute, squares, total, norms)
 
     def add(self, other: ChannelSums) -> None:
         """Add what another part of the texts gave."""
@@ -176,10 +177,10 @@ class CalibrationStatistics(Mapping[str, torch.Tensor]):
                 raise FormatError(
                     f"{path}: format_version {facts['format_version']}, expected {_FORMAT}; make it again"
                 )
-            sums = {
-                where: ChannelSums(*(tensors[f"{where}::{name}"] for name in _SUMS), tokens, samples)
-                for where, (tokens, samples) in facts["counts"].items()
-            }
+            sums = {}
+            for where, (tokens, samples) in facts["counts"].items():
+                absolute, squares, total, norms = (tensors[f"{where}::{name}"] for name in _SUMS)
+                sums[where] = ChannelSums(absolute, squares, total, norms, int(tokens), int(samples))
             runs = {key: {**run, "seen": int(run["seen"])} for key, run in facts["runs"].items()}
             return cls(sums, ModelShape(**facts["model"]), facts["settings"], runs)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

@@ -56,7 +56,7 @@ def save(rows: Sequence[ModuleDifference], first: str, second: str, path: Path) 
     axes.spines[:].set_visible(False)
     bar = figure.add_axes(((width - 1.15) / width, 0.62 / height, 0.16 / width, 0.42 * len(names) / height))
     scale = figure.colorbar(image, cax=bar)
-    scale.outline.set_visible(False)  # type: ignore[operator]
+    scale.outline.set_visible(False)
     scale.ax.tick_params(length=0, labelsize=8, labelcolor=FAINT)
     scale.ax.set_ylabel("% of weights", size=8, color=FAINT)
     total = summed(list(rows))
