@@ -38,8 +38,8 @@ FORMATS: dict[str, Format] = {
         Format(
             "persona_vectors",
             ".pt",
-            "row L = output of the 0-based block L - 1; row 0, the embedding, and the last row, which is after the final "
-            "norm, are not used",
+            "row L = output of the 0-based block L - 1; row 0 (the embedding) and the last (after the final norm) are "
+            "dropped",
             lambda block: f"row {block + 1}",
         ),
         Format("repeng", ".gguf", _DIRECTION, lambda block: f"direction.{block}"),
