@@ -31,8 +31,8 @@ def read_card(directions: torch.Tensor, card: Mapping[str, Any]) -> PersonaVecto
     """
     if not directions.is_floating_point():
         raise PersonafastError(f"directions are {directions.dtype}; save floats")
-    missing = card.get("missing") or {}
     try:
+        missing = card.get("missing") or {}
         return PersonaVector(
             directions,
             card.get("blocks") or (),
