@@ -55,9 +55,11 @@ def convert(
     """Convert persona vectors between projects, and show which row became which block."""
     from personafast.vectors.formats import FORMATS, load_vectors, recognise
     from personafast.vectors.formats.conventions import format_named
+    from personafast.vectors.formats.own import recorded_shape
 
     kind = format_named(to_format).name if to_format else _by_suffix(target)
-    shape = _shape(model) if model is not None else None
+    known = (recorded_shape(target) if kind == "library" else None) or recorded_shape(source)
+    shape = _shape(model) if model is not None else known
     vectors = load_vectors(source, from_format, shape, name)
     if blocks is not None:
         vectors = {key: _choose(source, key, vector, blocks) for key, vector in vectors.items()}
@@ -93,7 +95,7 @@ def _shape(model: str) -> ModelShape:
 
         model = str(zoo.path() / "model")
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
         sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
     except Exception as error:  # whatever transformers raises, the caller can only name another model
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -212,4 +214,4 @@ def _show(report: dict[str, Any]) -> None:
     for path in report["targets"]:
         console.print(f"wrote   {path}: {report['to']}, {report['to_convention']}", markup=False)
     if report["model"] is None:
-        console.print("The shape was not compared with a model: give --model.")
+        console.print("The shape was compared with no model: give --model.")

@@ -72,6 +72,18 @@ def read_library(folder: Path, shape: ModelShape | None) -> dict[str, PersonaVec
     return _vectors(path, tensors, index["vectors"], shape)
 
 
+def recorded_shape(path: Path) -> ModelShape | None:
+    """The model that a file or library of ours says it was made for, or None where it says nothing."""
+    try:
+        if path.is_dir():
+            index = read_json(path / "library.json")
+        else:
+            index = json.loads(read_safetensors(path)[1][_ENTRY])
+        return ModelShape(**index["model"])
+    except (KeyError, TypeError, ValueError):  # among them FormatError: a file of another project
+        return None
+
+
 def write_file(path: Path, vectors: Mapping[str, PersonaVector], shape: ModelShape | None) -> None:
     """Write vectors to one file of ours, atomically; equal vectors give equal bytes.
 
