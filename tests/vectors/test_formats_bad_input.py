@@ -164,6 +164,14 @@ def test_every_cut_of_a_gguf_file_is_refused(tmp_path):
     assert load_vectors(written(tmp_path, whole))["happy"].blocks == (1, 3)
 
 
+def test_direction_0_is_left_out_when_told_to(tmp_path):
+    both = written(tmp_path, gguf_bytes.control_vector([("direction.0", ONES), ("direction.1", 2 * ONES)]))
+    found = load_vectors(both, drop_block_0=True)["happy"]
+    assert found.blocks == (1,) and found.missing.keys() == {0} and not found.directions[0].any()
+    alone = written(tmp_path, gguf_bytes.control_vector([("direction.0", ONES)]))
+    assert "holds no direction.N" in refusal(alone, drop_block_0=True)
+
+
 def test_gguf_files_of_another_model(tmp_path):
     assert "width 9" in refusal(
         written(tmp_path, gguf_bytes.control_vector([("direction.1", np.ones(9, np.float32))])), shape=SHAPE

@@ -48,7 +48,7 @@ def convert(
         str | None, typer.Option(help="The 0-based blocks to act on, as in 5,14-18, or all that have a direction.")
     ] = None,
     drop_block_0: Annotated[
-        bool, typer.Option("--drop-block-0", help="Leave block 0 out of a GGUF file, which cannot express it.")
+        bool, typer.Option("--drop-block-0", help="Leave block 0 out of a GGUF file, read or written.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:
@@ -60,7 +60,7 @@ def convert(
     kind = format_named(to_format).name if to_format else _by_suffix(target)
     known = (recorded_shape(target) if kind == "library" else None) or recorded_shape(source)
     shape = _shape(model) if model is not None else known
-    vectors = load_vectors(source, from_format, shape, name)
+    vectors = load_vectors(source, from_format, shape, name, drop_block_0=drop_block_0)
     if blocks is not None:
         vectors = {key: _choose(source, key, vector, blocks) for key, vector in vectors.items()}
     if _resolved(source) == _resolved(target):

