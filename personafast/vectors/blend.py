@@ -104,16 +104,10 @@ def check_alike(vectors: Mapping[str, PersonaVector], names: Sequence[str], argu
     for name in names:
         if name not in vectors:
             raise PersonafastError(f"vectors: no vector {name!r}; there are {_listing(vectors)}")
-        vector, first = vectors[name], vectors[names[0]]
-        if not isinstance(vector, PersonaVector):
-            raise PersonafastError(
-                f"vectors[{name!r}]: expected a PersonaVector, got {type(vector).__name__}; wrap it in PersonaVector(...)"
-            )
-        if vector.directions.shape != first.directions.shape:
-            raise PersonafastError(
-                f"vectors[{name!r}]: shape {list(vector.directions.shape)} does not fit "
-                f"{list(first.directions.shape)} of {names[0]!r}; blend vectors of one model only"
-            )
+    check_shapes({name: vectors[name] for name in names})
+    first = vectors[names[0]]
+    for name in names:
+        vector = vectors[name]
         if vector.hook_point != first.hook_point:
             raise PersonafastError(
                 f"vectors[{name!r}]: read at {vector.hook_point!r}, others of the blend at {first.hook_point!r}; "
@@ -122,6 +116,23 @@ def check_alike(vectors: Mapping[str, PersonaVector], names: Sequence[str], argu
         # Checked when it was made, but a tensor can be written to afterwards.
         if not torch.isfinite(vector.directions).all():
             raise PersonafastError(f"vectors[{name!r}]: NaN or infinity; extract it again")
+
+
+def check_shapes(vectors: Mapping[str, PersonaVector]) -> None:
+    """Raise `PersonafastError` unless all are vectors of one shape."""
+    shapes = {}
+    for name, vector in vectors.items():
+        if not isinstance(vector, PersonaVector):
+            raise PersonafastError(
+                f"vectors[{name!r}]: expected a PersonaVector, got {type(vector).__name__}; wrap it in PersonaVector(...)"
+            )
+        shapes[name] = list(vector.directions.shape)
+        first = next(iter(shapes))
+        if shapes[name] != shapes[first]:
+            raise PersonafastError(
+                f"vectors[{name!r}]: shape {shapes[name]} does not fit {shapes[first]} of {first!r}; "
+                "take vectors of one model only"
+            )
 
 
 def checked_norms(name: str, blocks: Sequence[int], rows: torch.Tensor, purpose: str) -> torch.Tensor:
