@@ -51,9 +51,7 @@ def read_prompts(path: Path, option: str = "--prompts-file", key: str = "prompt"
         FormatError: the file is missing, not UTF-8 text, holds a line without a prompt, or no prompt at all.
     """
     if not path.is_file():
-        raise FormatError(
-            f"{path}: no such file; {option} takes a text file with one {key} a line, or a .jsonl file"
-        )
+        raise FormatError(f"{path}: no such file; {option} takes a text file with one {key} a line, or a .jsonl file")
     try:
         # A byte order mark is no part of the first prompt, and U+2028 and its like inside a prompt end no line.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")

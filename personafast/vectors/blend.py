@@ -31,8 +31,9 @@ def blend(
 ) -> torch.Tensor:
     """Sum over i of c_i s_ib v_ib at every block b (arXiv 2510.10157, which has s = 1).
 
-    Vector i acts at block b if c_i is not 0 and b is among `blocks` or, where that is None, among its own blocks. Summed
-    in float64 in the order of the names and rounded once, so that the order of `coefficients` changes no bit.
+    Vector i acts at block b if c_i is not 0 and b is among `blocks` or, where that is None, among its own blocks. The
+    sum is taken in float64 in the order of the names and rounded once, so that the order of `coefficients` changes no
+    bit.
 
     Args:
         vectors: the vectors by name.
@@ -124,7 +125,8 @@ def check_shapes(vectors: Mapping[str, PersonaVector]) -> None:
     for name, vector in vectors.items():
         if not isinstance(vector, PersonaVector):
             raise PersonafastError(
-                f"vectors[{name!r}]: expected a PersonaVector, got {type(vector).__name__}; wrap it in PersonaVector(...)"
+                f"vectors[{name!r}]: expected a PersonaVector, got {type(vector).__name__}; "
+                "wrap it in PersonaVector(...)"
             )
         shapes[name] = list(vector.directions.shape)
         first = next(iter(shapes))

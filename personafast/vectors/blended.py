@@ -20,8 +20,8 @@ def blended_vector(
 ) -> PersonaVector:
     """Make one vector that does at coefficient 1 what `blend` of the same arguments does.
 
-    It acts where the blend acts. Its other rows are the blend with every vector there, as `Persona(blocks=...)` would ask
-    of the parts, so that the new vector may be moved to other blocks too; they are zero where some part is zero.
+    It acts where the blend acts. Its other rows are the blend with every vector there, as `Persona(blocks=...)` would
+    ask of the parts, so that the new vector may be moved to other blocks too; they are zero where some part is zero.
 
     Returns:
         A vector whose metadata hold method "blend", the coefficients and `normalize`.

@@ -147,7 +147,7 @@ def _orthogonal(rows: torch.Tensor, labels: Sequence[str], block: int, method: s
 
 
 def _basis(rows: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis [R, H] of the span of rows [N, H]; a row that all but depends on those before it adds none."""
+    """An orthonormal basis [R, H] of the span of rows [N, H]; a row that depends on those before it adds nothing."""
     found = torch.empty(0, rows.shape[1], dtype=rows.dtype)
     for row in rows:
         norm = float(row.norm())

@@ -68,7 +68,7 @@ class BlendReport:
         """What to beware of, a sentence each, naming the block where it is worst; empty if nothing."""
         if not self.blocks:
             return ("Nothing acts: every coefficient is 0.",)
-        return (*_opposed(self.blocks), *_ruling(self.blocks), *_cancelled(self.blocks))
+        return (*_opposed(self.blocks), *_ruling(self.blocks, self.normalize), *_cancelled(self.blocks))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, with the warnings; None stands for what is not defined."""
@@ -135,15 +135,15 @@ def _opposed(blocks: Sequence[BlockReport]) -> list[str]:
     ]
 
 
-def _ruling(blocks: Sequence[BlockReport]) -> list[str]:
+def _ruling(blocks: Sequence[BlockReport], normalize: str) -> list[str]:
     found: dict[str, list[tuple[float, int]]] = {}
     for report in blocks:
         share = report.shares[report.ruler]
         if len(report.norms) > 1 and share > RULING:
             found.setdefault(report.ruler, []).append((share, report.block))
+    mend = 'normalize="match" makes all equally long' if normalize == "none" else "its coefficient makes it so"
     return [
-        f"{name} rules the blend: {100 * max(where)[0]:.0f} % of the summed norms at {_place(max(where)[1], where)}; "
-        'normalize="match" makes all equally long.'
+        f"{name} rules the blend: {100 * max(where)[0]:.0f} % of the summed norms at {_place(max(where)[1], where)}; {mend}."
         for name, where in found.items()
     ]
 

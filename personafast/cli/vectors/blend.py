@@ -106,11 +106,11 @@ def show(report: BlendReport, console: Console) -> None:
 
 
 def _show_block(report: BlendReport, block: BlockReport, console: Console) -> None:
-    from personafast.cli.vectors.heat import heat, signed
+    from personafast.cli.vectors.heat import cosine_cell
     from personafast.cli.vectors.tables import print_grid
 
     names = list(block.norms)
-    cells = []
+    cells: list[list[str | Text]] = []
     for name in names:
         survives = block.survives[name]
         alike = [block.cosines[name][other] for other in names]
@@ -120,7 +120,7 @@ def _show_block(report: BlendReport, block: BlockReport, console: Console) -> No
                 f"{block.norms[name]:.2f}",
                 f"{100 * block.shares[name]:.0f} %",
                 "-" if survives is None else f"{100 * survives:.0f} %",
-                *(Text("-") if cosine is None else Text(signed(cosine), style=heat(cosine, 1.0)) for cosine in alike),
+                *map(cosine_cell, alike),
             ]
         )
     print_grid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.style import Style
+from rich.text import Text
 
 COLOUR_MAP = "RdBu_r"
 """matplotlib's name of the map; red and blue that readers with any common colour blindness tell apart."""
@@ -25,3 +26,8 @@ def signed(value: float) -> str:
         if abs(value) < below:
             return f"{value:+.{digits}f}"
     return f"{value:+.0f}"
+
+
+def cosine_cell(cosine: float | None) -> Text:
+    """A cosine for a table, on its shade; a dash where it is not defined."""
+    return Text("-") if cosine is None else Text(f"{cosine:+.2f}", style=heat(cosine, 1.0))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from personafast.errors import PersonafastError
 
@@ -28,14 +27,18 @@ EXAMPLE = """\
 
 
 def inspect(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Vectors to look at; else all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Vectors to look at; else all.")
+    ] = None,
     library: Annotated[
         Path | None, typer.Option(help="Folder of a PersonaLibrary; the built-in model's own by default.")
     ] = None,
     block: Annotated[
         str | None, typer.Option(metavar="N", help="Compare directions here; else where most of them act.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw norms and cosines into this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw norms and cosines into this file.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, with the cosines of every block.")
     ] = False,
@@ -96,7 +99,7 @@ def measure(vectors: Mapping[str, PersonaVector], block: int) -> dict[str, Any]:
 
 def show(facts: Mapping[str, Any], console: Console) -> None:
     """Print where the vectors come from, their norms and their cosines."""
-    from personafast.cli.vectors.heat import heat, signed
+    from personafast.cli.vectors.heat import cosine_cell
     from personafast.cli.vectors.tables import print_grid
 
     vectors, names, block = facts["vectors"], list(facts["vectors"]), facts["block"]
@@ -107,15 +110,17 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     ]
     print_grid(console, "Vectors", "", names, columns, origins)
     count = len(facts["cosines"])
+    longest = max(max(vector["norms"]) for vector in vectors.values())
+    digits = next((digits for digits, below in ((4, 1), (2, 100), (1, 1000)) if longest < below), 0)
     norms = [
-        [f"{vector['norms'][index]:.3g}{'*' if index in vector['blocks'] else ' '}" for vector in vectors.values()]
+        [
+            f"{vector['norms'][index]:.{digits}f}{'*' if index in vector['blocks'] else ' '}"
+            for vector in vectors.values()
+        ]
         for index in range(count)
     ]
     print_grid(console, "Norms by block (* acts here)", "block", [str(index) for index in range(count)], names, norms)
-    table = [
-        [Text("-") if value is None else Text(signed(value), style=heat(value, 1.0)) for value in line]
-        for line in facts["cosines"][block]
-    ]
+    table = [list(map(cosine_cell, line)) for line in facts["cosines"][block]]
     print_grid(console, f"Cosines at block {block}", "", names, names, table)
 
 

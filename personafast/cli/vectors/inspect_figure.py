@@ -21,11 +21,11 @@ def save(facts: Mapping[str, Any], path: Path) -> None:
     names = list(facts["vectors"])
     label = 0.085 * max(len(name) for name in names) + 0.2
     square = max(CELL * len(names), 2.6)
-    height = square + label + 1.35
-    left, middle = 5.4, 1.3 + label
+    height = square + label + 0.85
+    left, middle = 5.4, 0.9 + 2 * label
     width = left + middle + square + 1.3
     figure = new_figure(width, height)
-    bottom = label + 0.35
+    bottom = max(label, 0.45) + 0.15
     lines = figure.add_axes((0.75 / width, bottom / height, (left - 0.75) / width, square / height))
     cells = figure.add_axes(((left + middle) / width, bottom / height, square / width, square / height))
     scale = figure.add_axes(((left + middle + square + 0.2) / width, bottom / height, 0.16 / width, square / height))
@@ -52,7 +52,9 @@ def _draw_norms(axes: Any, facts: Mapping[str, Any]) -> None:
     # Names are put at the ends of their lines, moved apart where lines end close together.
     height = axes.get_position().height * axes.figure.get_size_inches()[1]
     apart = (top or 1) * 0.155 / height
-    for place, (value, name, colour) in zip(_spread([end[0] for end in sorted(ends)], apart), sorted(ends), strict=True):
+    for place, (value, name, colour) in zip(
+        _spread([end[0] for end in sorted(ends)], apart), sorted(ends), strict=True
+    ):
         axes.annotate(
             name,
             (count - 1, value),

@@ -101,7 +101,9 @@ def project(
 
         save(found, cosine, plot)
     if as_json:
-        typer.echo(json.dumps({"texts": [_record(*pair) for pair in zip(texts, found, strict=True)]}, ensure_ascii=False))
+        typer.echo(
+            json.dumps({"texts": [_record(*pair) for pair in zip(texts, found, strict=True)]}, ensure_ascii=False)
+        )
         return
     from personafast.cli.vectors.project_text import show
 

@@ -21,7 +21,9 @@ LONGEST = 14  # characters of a token that are shown
 class _Panel:
     """Some tokens of a text, under them the rows of one group."""
 
-    def __init__(self, title: str, labels: Sequence[str], rows: Sequence[Row], tokens: Sequence[str], start: int) -> None:
+    def __init__(
+        self, title: str, labels: Sequence[str], rows: Sequence[Row], tokens: Sequence[str], start: int
+    ) -> None:
         self.title, self.labels = title, labels
         self.tokens = [_cut(shown(token)) for token in tokens[start : start + STRIP]]
         self.values = [row.values[start : start + STRIP] for row in rows]
@@ -71,8 +73,8 @@ def save(texts: Sequence[Projection], cosine: bool, path: Path) -> None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     unit = "cosine" if cosine else "in units of the residual stream"
-    scale.text(1.06, 0.5, f"{unit}; the ends hold 90 % of the tokens", transform=scale.transAxes, size=8.5, color=INK,
-               va="center")  # fmt: skip
+    note = f"{unit}; 90 % of the numbers lie between the ends"
+    scale.text(1.06, 0.5, note, transform=scale.transAxes, size=8.5, color=INK, va="center")
     save_figure(figure, path)
 
 
@@ -81,7 +83,11 @@ def _panels(found: Projection, rows: Sequence[Row], text: str) -> list[_Panel]:
         groups = [("", [row.name for row in rows], list(rows))]
     else:
         groups = [
-            (name, [f"block {row.block}" for row in rows if row.name == name], [row for row in rows if row.name == name])
+            (
+                name,
+                [f"block {row.block}" for row in rows if row.name == name],
+                [row for row in rows if row.name == name],
+            )
             for name in found.blocks
         ]
     panels = []

@@ -38,7 +38,7 @@ def scale_of(rows: Sequence[Row]) -> float:
 
 
 def label_of(row: Row, rows: Sequence[Row]) -> str:
-    """The vector's name, with the block where rows are of different blocks; the block alone where all are one vector's."""
+    """The vector's name, with the block where the rows are of different blocks."""
     if len({each.block for each in rows}) == 1:
         return row.name
     return f"{row.name} @{row.block}"

@@ -39,9 +39,7 @@ def _lines(found: Projection, rows: Sequence[Row], limit: float, width: int) -> 
     first = max(map(cell_len, labels))
     tokens = [_cut(shown(token)) for token in found.tokens]
     numbers = [[signed(value) for value in row.values] for row in rows]
-    widths = [
-        max([cell_len(token), *(len(line[index]) for line in numbers)]) for index, token in enumerate(tokens)
-    ]
+    widths = [max([cell_len(token), *(len(line[index]) for line in numbers)]) for index, token in enumerate(tokens)]
     for start, stop in fitting(widths, width - first):
         heading = Text(" " * first)
         for index in range(start, stop):

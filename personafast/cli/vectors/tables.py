@@ -27,9 +27,8 @@ def print_grid(
         max([cell_len(name), *(cell_len(str(line[index])) for line in cells)]) for index, name in enumerate(columns)
     ]
     for start, stop in fitting(widths, console.width - first):
+        console.print(Text(title if start == 0 else f"{title}, continued", style="bold"))
         table = Table(
-            title=title if start == 0 else f"{title}, continued",
-            title_justify="left",
             box=box.SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
