@@ -143,7 +143,8 @@ def _ruling(blocks: Sequence[BlockReport], normalize: str) -> list[str]:
             found.setdefault(report.ruler, []).append((share, report.block))
     mend = 'normalize="match" makes all equally long' if normalize == "none" else "its coefficient makes it so"
     return [
-        f"{name} rules the blend: {100 * max(where)[0]:.0f} % of the summed norms at {_place(max(where)[1], where)}; {mend}."
+        f"{name} rules the blend: {100 * max(where)[0]:.0f} % of the summed norms at {_place(max(where)[1], where)}; "
+        f"{mend}."
         for name, where in found.items()
     ]
 
