@@ -80,13 +80,19 @@ def test_chats_count_the_reply_only(vectors):
     assert torch.equal(again.values["calm"], found.values["calm"])
 
 
-def test_logits_of_a_single_position_are_made(vectors):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_logits_of_a_single_position_are_made(vectors, wrapped):
     net, tok = tiny.model(), tiny.tokenizer()
     seen = []
-    hook = net.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
-    project(net, tok, TEXTS, vectors)
-    hook.remove()
-    assert seen == [1]
+    net.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    plain = project(net, tok, TEXTS, vectors)
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        net = peft.get_peft_model(net, peft.LoraConfig(target_modules=["q_proj"])).eval()
+    found = project(net, tok, TEXTS, vectors)
+    assert seen == [1, 1]
+    # A LoRA that was not trained yet changes nothing.
+    torch.testing.assert_close(found[0].values["calm"], plain[0].values["calm"])
 
 
 def test_tokens_keep_the_space_before_a_word():

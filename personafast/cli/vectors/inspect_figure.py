@@ -84,7 +84,7 @@ def _draw_cosines(figure: Any, axes: Any, scale: Any, facts: Mapping[str, Any]) 
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 text = "-" if math.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
-                colour = "white" if abs(value) > 0.65 else INK
+                colour = "white" if abs(value) > 0.55 else INK
                 axes.text(column, row, text, ha="center", va="center", size=7.5, color=colour)
     axes.set_xticks(range(len(names)), names, rotation=90, size=9, color=INK)
     axes.set_yticks(range(len(names)), names, size=9, color=INK)
