@@ -101,7 +101,7 @@ def project(
 
     device = next(model.parameters()).device
     # Logits of every position are the largest thing a forward pass makes, and nothing here reads them.
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: Any = getattr(model, "get_base_model", lambda: model)()
     spare = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
     order = sorted(range(len(texts)), key=lambda index: -len(tokenized[index].ids))
     with Reader() as reader:

@@ -62,6 +62,22 @@ def test_the_table_holds_the_reports_figures(ran):
     assert all(f"! {warning}" in text for warning in report["warnings"])
 
 
+def test_of_many_blocks_there_is_a_line_each_and_the_worst_in_full(cli, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    library = pf.PersonaLibrary()
+    for name, blocks in (("a", range(1, 9)), ("b", range(2, 10))):
+        library.add_vector(name, torch.randn(10, 6, generator=generator), blocks=tuple(blocks))
+    library.save_pretrained(tmp_path / "deep")
+    result = cli("vectors", "blend", "--library", tmp_path / "deep", "--vector", "a=1", "--vector", "b=1")
+    report = pf.vectors.blend_report(library.vectors, {"a": 1.0, "b": 1.0})
+    worst = max(report.blocks, key=lambda block: block.cancelled)
+    assert result.stdout.count("Block ") == 1 and f"Block {worst.block}: norm {worst.norm:.2f}" in result.stdout
+    overview = result.stdout.partition("Block ")[0].splitlines()
+    rows = {line.split()[0]: line for line in overview if line[:1].isdigit()}
+    assert list(rows) == [str(block) for block in range(1, 10)]
+    assert f"{worst.norm:.2f}  " in rows[str(worst.block)] and rows["9"].split()[-3:] == ["-", "100", "%"]
+
+
 def test_warnings_are_printed(ran):
     assert "! futurist rules the blend: 88 %" in ran("--vector", "creative=1", "--vector", "futurist=9")
     assert "Nothing to beware of" in ran("--vector", "creative=1", "--vector", "futurist=1")

@@ -17,6 +17,8 @@ from personafast.errors import PersonafastError
 if TYPE_CHECKING:
     from personafast.vectors import BlendReport, BlockReport
 
+MOST_BLOCKS = 4  # that are shown in full
+
 EXAMPLE = """\
 **Do two personas get on? Look before you blend:**
 
@@ -96,13 +98,38 @@ def blend(
 
 
 def show(report: BlendReport, console: Console) -> None:
-    """Print what every block holds, then the warnings."""
-    for block in report.blocks:
-        _show_block(report, block, console)
+    """Print what every block holds, or of many blocks a line each and the one that loses most; then the warnings."""
+    if len(report.blocks) > MOST_BLOCKS:
+        _show_overview(report, console)
+        _show_block(report, max(report.blocks, key=lambda block: block.cancelled), console)
+    else:
+        for block in report.blocks:
+            _show_block(report, block, console)
     for warning in report.warnings:
         console.print(Text(f"! {warning}", style="bold"), soft_wrap=not console.is_terminal)
     if not report.warnings:
         console.print("Nothing to beware of: no two vectors oppose each other, none rules, little cancels.")
+
+
+def _show_overview(report: BlendReport, console: Console) -> None:
+    from personafast.cli.vectors.tables import print_grid
+
+    names = [name for name in report.coefficients if any(name in block.norms for block in report.blocks)]
+    cells = [
+        [
+            f"{block.norm:.2f}",
+            f"{100 * block.cancelled:.0f} %",
+            f"{block.ruler} {100 * block.shares[block.ruler]:.0f} %",
+            *(_percent(block.survives.get(name)) for name in names),
+        ]
+        for block in report.blocks
+    ]
+    columns = ["norm", "cancelled", "longest", *(f"{name} survives" for name in names)]
+    print_grid(console, "Every block", "block", [str(block.block) for block in report.blocks], columns, cells)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _show_block(report: BlendReport, block: BlockReport, console: Console) -> None:
@@ -112,14 +139,13 @@ def _show_block(report: BlendReport, block: BlockReport, console: Console) -> No
     names = list(block.norms)
     cells: list[list[str | Text]] = []
     for name in names:
-        survives = block.survives[name]
         alike = [block.cosines[name][other] for other in names]
         cells.append(
             [
                 f"{report.coefficients[name]:g}",
                 f"{block.norms[name]:.2f}",
                 f"{100 * block.shares[name]:.0f} %",
-                "-" if survives is None else f"{100 * survives:.0f} %",
+                _percent(block.survives[name]),
                 *map(cosine_cell, alike),
             ]
         )
