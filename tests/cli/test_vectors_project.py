@@ -1,11 +1,13 @@
 """`personafast vectors project`: numbers under tokens, colours, JSON and the PNG."""
 
+import functools
 import importlib.util
 import io
 import json
 
 import pytest
 import torch
+from rich.color import ColorSystem
 from rich.console import Console
 
 from personafast.cli.vectors import project_figure, project_text
@@ -13,6 +15,7 @@ from personafast.cli.vectors.heat import heat, signed
 from personafast.cli.vectors.project_rows import Row, scale_of, shown
 from personafast.vectors import Projection
 
+SYSTEMS = {"standard": ColorSystem.STANDARD, "256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
 TEXT = "my friend, you should paint the bike with love."
 
 
@@ -68,8 +71,12 @@ def test_colours_follow_sign_and_size_and_numbers_remain_without(found):
     plain = printed([found])
     coloured = printed([found], force_terminal=True, color_system="truecolor")
     assert "\x1b" not in plain and "48;2;" in coloured
-    assert heat(-1, 1) != heat(1, 1) and heat(0.1, 1) == heat(0, 1) and heat(5, 1) == heat(1, 1) != heat(0.4, 1)
-    blue, red = heat(-1, 1).bgcolor.triplet, heat(1, 1).bgcolor.triplet
+    for system in ("standard", "256", "truecolor"):
+        shade = functools.partial(heat, console=Console(force_terminal=True, color_system=system))
+        assert shade(0.1, 1) == shade(0, 1) and shade(5, 1) == shade(1, 1)
+        few = [shade(value, 1).bgcolor.downgrade(SYSTEMS[system]) for value in (-1, -0.5, -0.3, 0.3, 0.5, 1)]
+        assert len(set(few)) == 6 and not {"white", "bright_white"} & {colour.name for colour in few}
+    blue, red = shade(-1, 1).bgcolor.triplet, shade(1, 1).bgcolor.triplet
     assert blue.blue > blue.red and red.red > red.blue
     no_colour = printed([found], force_terminal=True, no_color=True, color_system="truecolor")
     assert "48;2;" not in no_colour and "-250" in no_colour

@@ -139,14 +139,13 @@ def _show_block(report: BlendReport, block: BlockReport, console: Console) -> No
     names = list(block.norms)
     cells: list[list[str | Text]] = []
     for name in names:
-        alike = [block.cosines[name][other] for other in names]
         cells.append(
             [
                 f"{report.coefficients[name]:g}",
                 f"{block.norms[name]:.2f}",
                 f"{100 * block.shares[name]:.0f} %",
                 _percent(block.survives[name]),
-                *map(cosine_cell, alike),
+                *(cosine_cell(block.cosines[name][other], console) for other in names),
             ]
         )
     print_grid(

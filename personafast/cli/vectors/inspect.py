@@ -120,7 +120,7 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
         for index in range(count)
     ]
     print_grid(console, "Norms by block (* acts here)", "block", [str(index) for index in range(count)], names, norms)
-    table = [list(map(cosine_cell, line)) for line in facts["cosines"][block]]
+    table = [[cosine_cell(cosine, console) for cosine in line] for line in facts["cosines"][block]]
     print_grid(console, f"Cosines at block {block}", "", names, names, table)
 
 

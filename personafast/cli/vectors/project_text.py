@@ -24,7 +24,7 @@ def show(texts: Sequence[Projection], cosine: bool, console: Console) -> None:
     for number, (found, each) in enumerate(zip(texts, rows, strict=True), 1):
         if len(texts) > 1:
             console.print(Text(f"Text {number} of {len(texts)}", style="bold"))
-        for line in _lines(found, each, limit, console.width):
+        for line in _lines(found, each, limit, console):
             console.print(line, soft_wrap=True)
         _show_summary(found, each, console)
     what = "cosine of h and v" if cosine else "h . v / |v| at the output of the block"
@@ -33,14 +33,14 @@ def show(texts: Sequence[Projection], cosine: bool, console: Console) -> None:
     console.print(Text(f"{what}{where}; colours end at {signed(-limit)} (blue) and {signed(limit)} (red)"))
 
 
-def _lines(found: Projection, rows: Sequence[Row], limit: float, width: int) -> Iterator[Text]:
+def _lines(found: Projection, rows: Sequence[Row], limit: float, console: Console) -> Iterator[Text]:
     """Strips of tokens as wide as the terminal, a line a row under each."""
     labels = [label_of(row, rows) for row in rows]
     first = max(map(cell_len, labels))
     tokens = [_cut(shown(token)) for token in found.tokens]
     numbers = [[signed(value) for value in row.values] for row in rows]
     widths = [max([cell_len(token), *(len(line[index]) for line in numbers)]) for index, token in enumerate(tokens)]
-    for start, stop in fitting(widths, width - first):
+    for start, stop in fitting(widths, console.width - first):
         heading = Text(" " * first)
         for index in range(start, stop):
             heading.append(" " * GAP + _padded(tokens[index], widths[index]), style="bold")
@@ -49,7 +49,7 @@ def _lines(found: Projection, rows: Sequence[Row], limit: float, width: int) -> 
             under = Text(_padded(label, first, left=True))
             for index in range(start, stop):
                 under.append(" " * GAP)
-                under.append(_padded(line[index], widths[index]), style=heat(row.values[index], limit))
+                under.append(_padded(line[index], widths[index]), style=heat(row.values[index], limit, console))
             yield under
         yield Text()
 
