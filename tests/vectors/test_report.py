@@ -89,12 +89,17 @@ def test_warnings_in_words_and_only_where_due():
 
 
 def test_a_warning_names_the_worst_block_and_counts_the_others():
-    angles = torch.tensor([100.0, 150.0, 80.0, 120.0]).deg2rad()
+    angles = torch.tensor([125.0, 150.0, 80.0, 100.0]).deg2rad()
     first = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
     second = torch.stack([angles.cos(), angles.sin()], dim=1)
     vectors = {"a": PersonaVector(first, range(4)), "b": PersonaVector(second, range(4))}
     against, cancelled = blend_report(vectors, {"a": 1.0, "b": 1.0}).warnings
-    assert "cosine -0.87 at block 1 (and so at 1 more)" in against and "74 %" in cancelled
+    assert "cosine -0.87 at block 1 (and so at 1 more)" in against
+    assert cancelled == "74 % of the summed norms cancel at block 1 (and so at 1 more)."
+    first[2] *= 4
+    first[1] *= 3
+    _, rules, _ = blend_report({**vectors, "a": PersonaVector(first, range(4))}, {"a": 1.0, "b": 1.0}).warnings
+    assert rules.startswith("a rules the blend: 80 % of the summed norms at block 2 (and so at 1 more)")
 
 
 def test_vectors_without_length_have_no_cosine_in_plain_json():
