@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import personafast as pf
-from personafast.vectors import PersonaVector, orthogonalise, remove_component
+from personafast.vectors import PersonaVector, orthogonal, orthogonalise, remove_component
 
 BLOCKS, HIDDEN = 3, 12
 
@@ -120,6 +120,15 @@ def test_nearly_parallel_vectors_come_out_orthogonal():
         torch.testing.assert_close(
             grams(orthogonalise(vectors, method=method)), torch.eye(4, dtype=torch.float64)[None], atol=1e-6, rtol=0
         )
+
+
+def test_rounding_does_not_grow_along_a_chain():
+    """v_k = e_(k-1) + e_k / 50: what one direction is off by, the next one would multiply by 50, nine times over."""
+    basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64))
+    rows = torch.stack([basis[0], *(basis[index - 1] + basis[index] / 50 for index in range(1, 10))])
+    found = orthogonal._orthogonal(rows, ["v"] * 10, 0, "gram_schmidt", keep_norms=False)
+    found = found / found.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found @ found.T, torch.eye(10, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_removing_takes_the_span_out_and_nothing_else():
