@@ -12,7 +12,7 @@ from rich.console import Console
 
 from personafast.cli.vectors import project_figure, project_text
 from personafast.cli.vectors.heat import heat, signed
-from personafast.cli.vectors.project_rows import Row, scale_of, shown
+from personafast.cli.vectors.project_rows import Row, rows_of, scale_of, shown
 from personafast.vectors import Projection
 
 SYSTEMS = {"standard": ColorSystem.STANDARD, "256": ColorSystem.EIGHT_BIT, "truecolor": ColorSystem.TRUECOLOR}
@@ -156,6 +156,19 @@ def test_the_figure_is_drawn(ran, found, tmp_path):
     image = imread(path)[..., :3]
     # Both signs are drawn: pixels clearly red and pixels clearly blue.
     assert ((image[..., 0] - image[..., 2]) > 0.3).any() and ((image[..., 2] - image[..., 0]) > 0.3).any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_zero_is_the_middle_of_the_figures_colours(found, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(project_figure, "save_figure", lambda figure, path: drawn.append(figure))
+    project_figure.save([found], False, tmp_path / "heat.png")
+    (image,) = drawn[0].axes[0].images
+    low, high = image.get_clim()
+    assert low == -high and high == pytest.approx(scale_of(rows_of(found, cosine=False)))
+    expected = torch.stack([found.values[name][:, 0] for name in ("warm", "formal")])
+    torch.testing.assert_close(torch.tensor(image.get_array().tolist()), expected)
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["warm", "formal"]
 
 
 @pytest.mark.parametrize(
