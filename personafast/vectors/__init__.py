@@ -3,6 +3,7 @@
 from personafast.vectors.blend import blend
 from personafast.vectors.blended import blended_vector
 from personafast.vectors.extract import Contrast, extract_vectors
+from personafast.vectors.formats import load_vectors, save_vectors
 from personafast.vectors.orthogonal import orthogonalise, remove_component
 from personafast.vectors.project import Projection, project
 from personafast.vectors.report import BlendReport, BlockReport, blend_report
@@ -22,7 +23,9 @@ __all__ = [
     "cosines",
     "default_blocks",
     "extract_vectors",
+    "load_vectors",
     "orthogonalise",
     "project",
     "remove_component",
+    "save_vectors",
 ]

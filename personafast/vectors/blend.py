@@ -53,8 +53,8 @@ def blend(
 
     Raises:
         PersonafastError: no coefficients, an unknown name, a coefficient that is not finite, shapes or hook points that
-            differ, a block out of range, a blend too long for float32; under "unit" and "match" a vector of norm zero
-            at a block where it acts.
+            differ, a block out of range or without a direction, a blend too long for float32; under "unit" and "match"
+            a vector of norm zero at a block where it acts.
     """
     terms = weigh(vectors, coefficients, blocks=blocks, normalize=normalize)
     total = torch.zeros(vectors[next(iter(coefficients))].directions.shape, dtype=torch.float64)
@@ -87,7 +87,7 @@ def weigh(
         if not math.isfinite(coefficients[name]):
             raise PersonafastError(f"coefficients[{name!r}]: {coefficients[name]} is not finite; give a finite number")
         if coefficients[name] != 0:
-            acting[name] = _acting(vectors[name], blocks)
+            acting[name] = acting_blocks(name, vectors[name], blocks)
     rows = {name: vectors[name].directions[list(where)].double() for name, where in acting.items()}
     if normalize != "none":
         norms = {name: checked_norms(name, acting[name], rows[name], f'normalize="{normalize}"') for name in rows}
@@ -149,11 +149,17 @@ def checked_norms(name: str, blocks: Sequence[int], rows: torch.Tensor, purpose:
     return norms
 
 
-def _acting(vector: PersonaVector, blocks: Sequence[int] | None) -> tuple[int, ...]:
+def acting_blocks(name: str, vector: PersonaVector, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """`blocks`, or the vector's own, ascending and each once; one out of range or without a direction is refused."""
     chosen = sorted({int(block) for block in (vector.blocks if blocks is None else blocks)})
     count = vector.directions.shape[0]
     if any(not 0 <= block < count for block in chosen):
         raise PersonafastError(f"blocks: {chosen} has an index that is not in 0..{count - 1}")
+    for block in chosen:
+        if block in vector.missing:
+            raise PersonafastError(
+                f"vectors[{name!r}]: block {block} has no direction ({vector.missing[block]}); name other blocks"
+            )
     return tuple(chosen)
 
 

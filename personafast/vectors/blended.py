@@ -21,7 +21,8 @@ def blended_vector(
     """Make one vector that does at coefficient 1 what `blend` of the same arguments does.
 
     It acts where the blend acts. Its other rows are the blend with every vector there, as `Persona(blocks=...)` would
-    ask of the parts, so that the new vector may be moved to other blocks too; they are zero where some part is zero.
+    ask of the parts, so that the new vector may be moved to other blocks too; they are zero where some part is zero,
+    and missing where a part's direction is missing.
 
     Returns:
         A vector whose metadata hold method "blend", the coefficients and `normalize`.
@@ -35,6 +36,7 @@ def blended_vector(
     if not acting:
         raise PersonafastError("coefficients: nothing acts; give a coefficient other than 0")
     parts = torch.stack([vectors[name].directions for name in terms])
+    missing = {block: why for name in terms for block, why in vectors[name].missing.items() if block not in acting}
     spare = [block for block in range(rows.shape[0]) if block not in acting and bool(parts[:, block].any(dim=1).all())]
     if spare:
         rows[spare] = blend(vectors, coefficients, blocks=spare, normalize=normalize)[spare]
@@ -43,4 +45,4 @@ def blended_vector(
         "coefficients": {name: float(coefficients[name]) for name in sorted(terms)},
         "normalize": normalize,
     }
-    return PersonaVector(rows, acting, metadata, vectors[next(iter(terms))].hook_point)
+    return PersonaVector(rows, acting, metadata, vectors[next(iter(terms))].hook_point, missing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -63,11 +64,10 @@ def orthogonalise(
             stacked[live, block] = _orthogonal(rows[live], labels, block, method, keep_norms)
     note = {"method": method, "names": chosen, "keep_norms": keep_norms}
     return {
-        name: PersonaVector(
-            stacked[index].float(),
-            vectors[name].blocks,
-            {**vectors[name].metadata, "orthogonalised": note},
-            vectors[name].hook_point,
+        name: replace(
+            vectors[name],
+            directions=stacked[index].float(),
+            metadata={**vectors[name].metadata, "orthogonalised": note},
         )
         for index, name in enumerate(chosen)
     }
@@ -113,7 +113,7 @@ def remove_component(
             )
         rest[block] = row * (before / after) if keep_norm else row
     note = {"names": sorted(given), "keep_norm": keep_norm}
-    return PersonaVector(rest.float(), vector.blocks, {**vector.metadata, "removed": note}, vector.hook_point)
+    return replace(vector, directions=rest.float(), metadata={**vector.metadata, "removed": note})
 
 
 def _checked(blocks: Sequence[int] | None, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import nn
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import ModelShape, anatomy
 from personafast.models.reading import Reader, TokenizedText
-from personafast.vectors.blend import checked_norms
+from personafast.vectors.blend import acting_blocks, checked_norms
 from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
 
 Text = str | Sequence[dict[str, str]] | TokenizedText
@@ -74,7 +74,7 @@ def project(
 
     Raises:
         PersonafastError: no texts or vectors, a text without tokens, a vector of another width, number of blocks or
-            hook point, a block out of range, or a vector of norm zero at a block asked for.
+            hook point, a block out of range or missing, or a vector of norm zero at a block asked for.
     """
     if not texts:
         raise PersonafastError("texts: empty; give at least one text")
@@ -181,10 +181,7 @@ def _blocks(name: str, vector: PersonaVector, shape: ModelShape, blocks: Sequenc
             f"vectors[{name!r}]: read at {vector.hook_point!r}, and what is projected is the output of blocks; "
             "extract it there"
         )
-    chosen = tuple(sorted({int(block) for block in (vector.blocks if blocks is None else blocks)}))
+    chosen = acting_blocks(name, vector, blocks)
     if not chosen:
         raise PersonafastError("blocks: empty; name at least one block, or None for each vector's own")
-    for block in chosen:
-        if not 0 <= block < rows:
-            raise PersonafastError(f"blocks: {block} is not in 0..{rows - 1}")
     return chosen

@@ -8,7 +8,7 @@ from helpers import tiny
 
 import personafast as pf
 from personafast import zoo
-from personafast.vectors import PersonaVector, blend, blended_vector
+from personafast.vectors import PersonaVector, blend, blended_vector, orthogonalise, remove_component
 
 BLOCKS, HIDDEN = 5, 7
 
@@ -146,6 +146,20 @@ def test_a_blend_becomes_a_vector():
         blended_vector(vectors, {"a": 0.0})
     hollow = blended_vector({**vectors, "flat": PersonaVector(zero_at(0), (1,))}, {"flat": 1.0, "a": 1.0})
     assert not hollow.directions[0].any() and hollow.directions[4].any()
+
+
+def test_blocks_without_a_direction_stay_so():
+    vectors = random_vectors()
+    gap = PersonaVector(vectors["a"].directions, (1,), missing={0: "not in the file", 3: "not in the file"})
+    vectors["a"] = gap
+    with pytest.raises(pf.PersonafastError, match=r"vectors\['a'\]: block 3 has no direction \(not in the file\)"):
+        blend(vectors, {"a": 1.0, "b": 1.0}, blocks=(2, 3))
+    made = blended_vector(vectors, {"a": 1.0, "b": 1.0})
+    # At block 3 only b acts, so the blend has a direction there.
+    assert made.blocks == (1, 2, 3) and made.missing == {0: "not in the file"}
+    assert torch.equal(made.directions[3], vectors["b"].directions[3]) and made.directions[4].any()
+    for kept in (orthogonalise(vectors)["a"], remove_component(gap, vectors["b"])):
+        assert kept.missing == gap.missing and not kept.directions[[0, 3]].any() and kept.blocks == (1,)
 
 
 def spoken(model, tokenizer, library, personas):

@@ -132,7 +132,8 @@ def flat():
         (["yes"], at(directions=torch.ones(4, tiny.HIDDEN)), {}, r"vectors\['v'\]: \[4, 32\].*3 blocks"),
         (["yes"], at(hook_point="attention_output"), {}, r"vectors\['v'\]: read at 'attention_output'"),
         (["yes"], at(directions=flat()), {}, r"vectors\['v'\]: has norm zero at block 1"),
-        (["yes"], at(), {"blocks": (3,)}, "blocks: 3 is not in 0..2"),
+        (["yes"], at(), {"blocks": (3,)}, r"blocks: \[3\] has an index that is not in 0\.\.2"),
+        (["yes"], at(missing={2: "lost"}), {"blocks": (0, 2)}, r"vectors\['v'\]: block 2 has no direction \(lost\)"),
         (["yes"], at(), {"blocks": ()}, "blocks: empty"),
     ],
 )

@@ -82,6 +82,7 @@ def measure(vectors: Mapping[str, PersonaVector], block: int) -> dict[str, Any]:
             name: {
                 "blocks": list(vector.blocks),
                 "hook_point": vector.hook_point,
+                "missing": {str(missing): why for missing, why in vector.missing.items()},
                 "metadata": dict(vector.metadata),
                 "norms": [float(f"{norm:.6g}") for norm in vector.norms.tolist()],
             }
@@ -114,7 +115,9 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     digits = next((digits for digits, below in ((4, 1), (2, 100), (1, 1000)) if longest < below), 0)
     norms = [
         [
-            f"{vector['norms'][index]:.{digits}f}{'*' if index in vector['blocks'] else ' '}"
+            "- "
+            if str(index) in vector["missing"]
+            else f"{vector['norms'][index]:.{digits}f}{'*' if index in vector['blocks'] else ' '}"
             for vector in vectors.values()
         ]
         for index in range(count)
