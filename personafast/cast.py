@@ -61,7 +61,6 @@ class Cast:
         self._tokenizer = tokenizer
         self._kept = None if only_mask is None else library.masks[only_mask]
         self._prompts: SystemPrompts | None = None
-        self._mask_slots: dict[str, int] = {}
         self._adapter_names: list[str] = []
         self._merged: dict[Key, int] = {}
         self._models: dict[int, Patch] = {}
@@ -103,14 +102,13 @@ class Cast:
                 raise PersonafastError(
                     f"policies[{name!r}]: the library has a policy of that name too; rename one of them"
                 )
-        self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
         in_memory = [name for name, policy in self._members.items() if policy.lora is not None]
         for name in in_memory:
             self._lora(name).check(name, self.patch.parts)
         self._adapter_names = [*sorted(self.library.policies), *in_memory]
         self._merged = {}
         if self.only_mask is None:
-            self.patch.set_masks(self._mask_banks())
+            self._hold_masks()
         self._fill_adapters()
         self._seen = self.library.version
 
@@ -128,11 +126,14 @@ class Cast:
                     raise PersonafastError(f"personas: expected Persona or None, got {type(persona).__name__}")
                 self.library.check_persona(persona, self._members)
                 self._check_mechanisms(persona)
-            if self.only_mask is not None and (persona is None or persona.mask != self.only_mask):
+            if self.only_mask is not None and (persona is None or list(persona.mask_shares) != [self.only_mask]):
+                what = "a mixture of masks" if persona is not None and len(persona.mask_shares) > 1 else persona
                 raise PersonafastError(
-                    f"personas: {persona} does not speak through mask {self.only_mask!r}, but only its weights were "
+                    f"personas: {what} does not speak through mask {self.only_mask!r}, but only its weights were "
                     f"kept (keep_dense=False); give Persona(mask={self.only_mask!r}) or attach with keep_dense=True"
                 )
+        mixtures = {tuple(sorted(persona.mask_shares.items())) for persona in given if persona is not None}
+        self.patch.masks.mixtures.check_room(sum(len(parts) > 1 for parts in mixtures))
         # num_return_sequences repeats each row in place.
         return [persona for persona in given for _ in range(rows // len(given))]
 
@@ -275,24 +276,25 @@ class Cast:
         return Member(prompt, vector, mask, adapter, None, label)
 
     def _mask_slot(self, persona: Persona) -> int:
+        shares = persona.mask_shares
         # A mask whose weights are all there is needs no slot.
-        if persona.mask is None or self.only_mask is not None:
+        if not shares or self.only_mask is not None:
             return NOBODY
-        return self._mask_slots[persona.mask]
+        if len(shares) == 1:
+            return self.patch.masks.slots[next(iter(shares))]
+        return self.patch.mixture(sorted(shares.items()))
 
     def _system_prompts(self) -> SystemPrompts:
         if self._prompts is None:
             self._prompts = SystemPrompts(self._tokenizer())
         return self._prompts
 
-    def _mask_banks(self) -> dict[str, torch.Tensor]:
-        masks = [self.library.masks[name] for name in self._mask_slots]
-        banks = {}
-        for path in sorted({path for mask in masks for path in mask.words}):
-            shape = next(mask.words[path] for mask in masks if path in mask.words)
-            # All bits set: a mask that leaves this linear alone keeps every weight of it.
-            banks[path] = torch.stack([mask.words.get(path, torch.full_like(shape, -1)) for mask in masks])
-        return banks
+    def _hold_masks(self) -> None:
+        self.patch.set_masks(self.library.masks)
+        for name, mask in self.library.masks.items():
+            words = self.patch.masks.words_of(name)
+            if words is not None:
+                mask.rest_on(words)
 
     def _fill_adapters(self) -> None:
         adapters = [

@@ -67,7 +67,7 @@ def attach(
     Raises:
         UnsupportedModelError: the structure was not understood; nothing is patched.
         PersonafastError: the library was made for another model, the model has personas attached already, or
-            keep_dense=False with a library that has not exactly one mask.
+            keep_dense=False with a library that has not exactly one mask, or a soft one.
 
     Example:
         >>> with personafast.attach(model, library) as personas:
@@ -93,6 +93,11 @@ def attach(
         raise PersonafastError(
             f"keep_dense: the library has {len(library.masks)} masks, and keep_dense=False keeps the weights of one; "
             "make a library with that mask alone"
+        )
+    if not keep_dense and (gamma := next(iter(library.masks.values())).gamma):
+        raise PersonafastError(
+            f"keep_dense: the mask {next(iter(library.masks))!r} is soft, gamma {gamma:g}, and needs every weight; use "
+            "keep_dense=True, or the mask's with_metadata(gamma=0)"
         )
     if policies is not None and model is not policies.model and model is not policies.reference:
         raise PersonafastError("policies: their reference is another model; attach to the one they were made from")

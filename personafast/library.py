@@ -13,7 +13,7 @@ from personafast._io import atomic_directory, read_json, read_safetensors, write
 from personafast.density.lora import LoraPolicy
 from personafast.errors import FormatError, PersonafastError
 from personafast.masks.mask import PersonaMask
-from personafast.models.anatomy import Anatomy, ModelShape, linear_features
+from personafast.models.anatomy import Anatomy, ModelShape
 from personafast.persona import Persona
 from personafast.vectors.card import CONVENTION, read_card, write_card
 from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
@@ -134,7 +134,7 @@ class PersonaLibrary:
             ("vector", persona.vectors, set(self._vectors)),
             ("policy", persona.policies, all_policies),
             ("policy", [persona.base] if persona.base else [], all_policies),
-            ("mask", [persona.mask] if persona.mask else [], set(self._masks)),
+            ("mask", persona.mask_shares, set(self._masks)),
         ):
             for name in asked:
                 if name not in known:
@@ -297,9 +297,9 @@ def _fit(name: str, vector: PersonaVector, shape: ModelShape) -> None:
 
 def _fit_mask(name: str, mask: PersonaMask, parts: Anatomy) -> None:
     for path, words in mask.words.items():
-        if path not in parts.linears:
+        found = parts.mask_features(path)
+        if found is None:
             raise PersonafastError(f"masks[{name!r}]: masks {path!r}, which the model lacks; build it on this model")
-        found = linear_features(parts.linears[path])
         if (words.shape[0], mask.in_features[path]) != found:
             raise PersonafastError(
                 f"masks[{name!r}]: {path} is [{words.shape[0]}, {mask.in_features[path]}] there and {list(found)} in "

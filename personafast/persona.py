@@ -39,6 +39,18 @@ def _weights(what: str, given: Mapping[str, float]) -> dict[str, float]:
     return checked
 
 
+def _mixture(given: Mapping[str, float]) -> dict[str, float]:
+    weights = _weights("mask", given)
+    for name, weight in weights.items():
+        if weight < 0:
+            raise PersonafastError(
+                f"mask[{name!r}]: the weight {weight:g} is negative; a mixture takes shares of masks"
+            )
+    if not any(weights.values()):
+        raise PersonafastError("mask: no weight is above 0; give {'name': share, ...}, or None for the whole model")
+    return weights
+
+
 @dataclass(frozen=True)
 class Persona:
     """A persona: vectors with coefficients, a mask or none, policies and prompts with weights (METHODS, section 4).
@@ -46,7 +58,9 @@ class Persona:
     Args:
         vectors: persona vector name -> coefficient c. Their sum, sum_i c_i v_i, is added to the residual stream
             (arXiv 2510.10157). The blend is one row per block, so its cost does not grow with the number of vectors.
-        mask: name of a persona mask; the linears use W * M (arXiv 2602.07164).
+        mask: name of a persona mask; the linears use W * M, or W * (M + gamma (1 - M)) where the mask has a gamma
+            (arXiv 2602.07164). Or masks with weights, ``{"introvert": 0.7, "thinker": 0.3}``: the gate is then
+            sum_i w_i G_i / sum_i w_i, at the cost of one product a mask over one reading of the weight.
         policies: LoRA policy name -> weight alpha of its density ratio pi_i / pi_0 (arXiv 2511.01891). Weights are
             not normalised: 1 is the trait at full strength.
         prompts: system text -> weight alpha; the policy is the same model under that system prompt,
@@ -74,7 +88,7 @@ class Persona:
     """
 
     vectors: Mapping[str, float] = field(default_factory=dict)
-    mask: str | None = None
+    mask: str | Mapping[str, float] | None = None
     policies: Mapping[str, float] = field(default_factory=dict)
     prompts: Mapping[str, float] = field(default_factory=dict)
     aggregator: str | Callable[..., Any] = "geometric"
@@ -85,8 +99,10 @@ class Persona:
     def __post_init__(self) -> None:
         for what in ("vectors", "policies", "prompts"):
             object.__setattr__(self, what, _weights(what, getattr(self, what)))
-        if self.mask is not None and (not isinstance(self.mask, str) or not self.mask):
-            raise PersonafastError(f"mask: expected the name of a mask or None, got {self.mask!r}")
+        if isinstance(self.mask, Mapping):
+            object.__setattr__(self, "mask", _mixture(self.mask))
+        elif self.mask is not None and (not isinstance(self.mask, str) or not self.mask):
+            raise PersonafastError(f"mask: expected the name of a mask, a mapping of them or None, got {self.mask!r}")
         if self.base is not None and (not isinstance(self.base, str) or not self.base):
             raise PersonafastError(f"base: expected the name of a policy or None, got {self.base!r}")
         if not callable(self.aggregator):
@@ -122,6 +138,18 @@ class Persona:
                 f"{what}: the weights sum to {sum(weights.values()):g}, and the rule {rule!r} shares them out; give a "
                 "total above 0, or None for the plain model"
             )
+
+    @property
+    def mask_shares(self) -> dict[str, float]:
+        """Share of every mask in the gate; they sum to one, or there are none."""
+        if not self.mask:
+            return {}
+        if isinstance(self.mask, str):
+            return {self.mask: 1.0}
+        weights = {name: weight for name, weight in self.mask.items() if weight}
+        largest = max(weights.values())
+        total = sum(weight / largest for weight in weights.values())
+        return {name: weight / largest / total for name, weight in weights.items()}
 
     @property
     def has_ratios(self) -> bool:

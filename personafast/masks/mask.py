@@ -52,6 +52,10 @@ class PersonaMask:
         """The same bits with some entries of the metadata set, as in ``mask.with_metadata(gamma=0.2)``."""
         return PersonaMask(self.words, self.in_features, {**self.metadata, **changes})
 
+    def rest_on(self, words: Mapping[str, torch.Tensor]) -> None:
+        """Take these words, equal to the mask's own, in their place, so that a mask and its bank share memory."""
+        object.__setattr__(self, "words", words)
+
     def dense(self, path: str) -> torch.Tensor:
         """The mask of one linear as bool [out, in]."""
         return ops.unpack_mask(self.words[path], self.in_features[path])

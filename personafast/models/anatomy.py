@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from personafast.errors import UnsupportedModelError
+from personafast.models.experts import FusedExperts
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,33 @@ class Anatomy:
             PEFT wrapping.
         head: what turns the last hidden state into logits, if it is a linear.
         shape: sizes that vectors, masks and policies are checked against.
+        experts: dotted path -> experts that share one parameter, where their module says how it lies. Of its projection
+            ``down_proj`` a mask covers expert 3 under ``<path>.down_proj.3``.
     """
 
     blocks: tuple[nn.Module, ...]
     linears: Mapping[str, nn.Module]
     head: nn.Module | None
     shape: ModelShape
+    experts: Mapping[str, FusedExperts] = field(default_factory=dict)
+
+    def mask_features(self, path: str) -> tuple[int, int] | None:
+        """(out, in) of what a mask covers under this path, or None where there is nothing."""
+        if path in self.linears:
+            return linear_features(self.linears[path])
+        found = self.expert(path)
+        return None if found is None else found[1].features(found[2])
+
+    def expert(self, path: str) -> tuple[str, FusedExperts, str, int] | None:
+        """(path of the experts, the experts, projection, expert) of a path in a mask, or None."""
+        parts = path.rsplit(".", 2)
+        if len(parts) != 3 or not parts[2].isdigit():
+            return None
+        where, name, index = parts[0], parts[1], int(parts[2])
+        found = self.experts.get(where)
+        if found is None or name not in found.parameters or index >= found.count:
+            return None
+        return where, found, name, index
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -59,6 +81,11 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, torch.Tensor)
     rows, columns = weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def is_routed(path: str) -> bool:
+    """Whether a linear is one of a list inside its block: an expert, which sees the tokens that a router picks."""
+    return sum(part.isdigit() for part in path.split(".")) > 1
 
 
 def plain_path(path: str) -> str:
@@ -121,7 +148,12 @@ def anatomy(model: nn.Module) -> Anatomy:
         for name, module in blocks.named_modules()
         if is_linear(module) and ".lora_" not in name
     }
+    experts = {
+        plain_path(f"{path}.{name}"): fused
+        for name, module in blocks.named_modules()
+        if (fused := FusedExperts.of(module)) is not None
+    }
     shape = ModelShape(str(getattr(config, "model_type", "unknown")), int(hidden), int(count), int(vocab))
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
-    return Anatomy(tuple(blocks), linears, head if isinstance(head, nn.Linear) else None, shape)
+    return Anatomy(tuple(blocks), linears, head if isinstance(head, nn.Linear) else None, shape, experts)

@@ -10,6 +10,7 @@ from torch import nn
 
 from personafast import ops
 from personafast.errors import UnsupportedModelError
+from personafast.models.anatomy import is_conv1d, linear_features
 
 
 def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -43,7 +44,10 @@ class CompressedWeight:
         """Compress a linear's weight and free it: its parameter stays by name and shape, without memory (meta)."""
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
-        values, bitmap, row_offsets = ops.compress(weight.detach(), words.to(weight.device))
+        dense = weight.detach()
+        if is_conv1d(linear):
+            dense = dense.t().contiguous()
+        values, bitmap, row_offsets = ops.compress(dense, words.to(weight.device))
         taken = cls(values, bitmap, row_offsets, weight.requires_grad)
         linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         linear.__dict__["_personafast_compressed"] = taken
@@ -66,9 +70,10 @@ class CompressedWeight:
         """The weight with zeros for what is gone, in the dtype that `model.to` has given the linear since."""
         missing = linear.weight
         assert isinstance(missing, nn.Parameter)
-        weight = torch.zeros(missing.shape, dtype=missing.dtype, device=self.values.device)
-        weight[ops.unpack_mask(self.bitmap, missing.shape[1])] = self.values.to(missing.dtype)
-        return weight
+        shape = linear_features(linear)
+        weight = torch.zeros(shape, dtype=missing.dtype, device=self.values.device)
+        weight[ops.unpack_mask(self.bitmap, shape[1])] = self.values.to(missing.dtype)
+        return weight.t().contiguous() if is_conv1d(linear) else weight
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., I] -> [..., O]."""

@@ -17,10 +17,13 @@ from torch import nn
 
 from personafast import ops
 from personafast.errors import UnsupportedModelError
-from personafast.models.anatomy import Anatomy, is_conv1d
+from personafast.models.anatomy import Anatomy, is_conv1d, is_routed
 from personafast.models.attention import AttentionPatch
 from personafast.models.banks import AdapterBank, VectorBank
 from personafast.models.compressed import CompressedWeight
+from personafast.models.experts import FusedExperts
+from personafast.models.layout import turn, turn_back
+from personafast.models.masking import Gate, MaskBank
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
 from personafast.models.rows import NOBODY, DeviceSlots, RowSlots, Spread
@@ -80,7 +83,7 @@ class Patch:
         self.parts = parts
         self.vectors = VectorBank(parts, max_personas)
         self.compressed: dict[str, CompressedWeight] = {}
-        self._masks: dict[str, torch.Tensor] = {}
+        self.masks = MaskBank(max_personas)
         self._adapters: dict[str, AdapterBank] = {}
         # What records passes, or None: see `use_graphs`.
         self._recorder: type[CudaGraph] | type[Tape] | None = None
@@ -92,6 +95,7 @@ class Patch:
         self._attention: AttentionPatch | None = None
         # Linear -> the forward it had of its own, if any, and ours.
         self._patched: dict[nn.Module, tuple[Any, Any]] = {}
+        self._turned: list[nn.Parameter] = []
 
     def install(self) -> None:
         """Hook the blocks, and let the plain linears read their weights by our kernels.
@@ -134,26 +138,41 @@ class Patch:
             else:
                 linear.forward = previous
         self._patched.clear()
+        for parameter in self._turned:
+            turn_back(parameter)
+        self._turned.clear()
         lost = bool(self.compressed)
         for path, compressed in self.compressed.items():
             compressed.put_back(self.parts.linears[path])
         self.compressed.clear()
         return lost
 
-    def set_masks(self, banks: Mapping[str, torch.Tensor]) -> None:
-        """Give each linear its masks, module path -> int32 [P, out, ceil(in / 32)].
+    def set_masks(self, masks: Mapping[str, Gate]) -> None:
+        """Hold these masks, by name, and no others; one that is held already is not copied again.
 
         Raises:
-            UnsupportedModelError: the linear's weight is quantised or transposed.
+            UnsupportedModelError: the weight of a linear that they cover is quantised or not in memory.
         """
-        self._check_maskable(banks)
-        self._masks = {
-            path: bank.to(self.parts.linears[path].weight.device)  # type: ignore[arg-type]
-            for path, bank in banks.items()
-        }
-        for path in banks:
-            self._patch_linear(path)
-        self._banks_set += 1
+        paths = sorted(self.masks.missing(masks))
+        self._check_maskable(paths)
+        devices = {path: self._weight(path).device for path in paths}
+        for path in paths:
+            self._mask_module(path)
+        self._banks_set += self.masks.fill(masks, devices)
+
+    def mixture(self, parts: Sequence[tuple[str, float]]) -> int:
+        """The mask slot of sum_i share_i G_i, from (name of a mask, share); what is new gets a slot.
+
+        Raises:
+            PersonafastError: more mixtures in one call than there is room for.
+        """
+        table, rows = self.masks.mixtures, self._now.get("masks")
+        widest = table.widest
+        slot = table.slot(
+            [(self.masks.slots[name], share) for name, share in parts], set() if rows is None else rows.used
+        )
+        self._banks_set += table.widest != widest
+        return slot
 
     def compress(self, words: Mapping[str, torch.Tensor]) -> None:
         """Keep only what one mask keeps, module path -> int32 [out, ceil(in / 32)]; the dense weights are freed.
@@ -163,6 +182,11 @@ class Patch:
         """
         self._check_maskable(words)
         for path in words:
+            if path not in self.parts.linears:
+                raise UnsupportedModelError(
+                    f"keep_dense: {path} lies in one parameter with other experts, which stay dense; use "
+                    "keep_dense=True, or a mask that leaves them out"
+                )
             if self.parts.linears[path]._parameters.get("weight") is None:
                 raise UnsupportedModelError(
                     f"keep_dense: the weight of {path} is computed from other parameters (pruned or parametrised), "
@@ -181,13 +205,10 @@ class Patch:
 
     def _check_maskable(self, paths: Iterable[str]) -> None:
         for path in paths:
-            linear = self.parts.linears[path]
-            weight = linear.weight
-            assert isinstance(weight, torch.Tensor)
-            if is_conv1d(linear) or not weight.is_floating_point():
+            weight = self._weight(path)
+            if not weight.is_floating_point():
                 raise UnsupportedModelError(
-                    f"masks: {path} is {type(linear).__name__} of {weight.dtype}; masks need nn.Linear in "
-                    "fp32, bf16 or fp16"
+                    f"masks: the weight of {path} is {weight.dtype}; masks need fp32, bf16 or fp16"
                 )
             if type(weight) not in (torch.Tensor, nn.Parameter):
                 raise UnsupportedModelError(
@@ -198,6 +219,28 @@ class Patch:
                     f"masks: the weight of {path} is not in memory (meta: offloaded or not loaded); load the "
                     "model whole"
                 )
+
+    def _weight(self, path: str) -> nn.Parameter:
+        """The parameter that a path of a mask lies in."""
+        expert = self.parts.expert(path)
+        found: Any = self.parts.linears[path].weight if expert is None else expert[1].parameters[expert[2]]
+        return found
+
+    def _mask_module(self, path: str) -> None:
+        """See that what a path of a mask lies in asks for its masks, and lies as they are read."""
+        expert = self.parts.expert(path)
+        if expert is None:
+            self._patch_linear(path)
+            transposed = is_conv1d(self.parts.linears[path])
+        else:
+            where, experts, *_ = expert
+            if experts.module not in self._patched:
+                plain = experts.module.forward
+                self._replace_forward(experts.module, functools.partial(self._experts, where, experts, plain))
+            transposed = experts.transposed
+        weight = self._weight(path)
+        if transposed and turn(weight):
+            self._turned.append(weight)
 
     def set_adapters(self, adapters: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> None:
         """Give the linears these adapters; the slot of an adapter is its index."""
@@ -272,16 +315,20 @@ class Patch:
         if isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
             self._shape = (hidden.shape[0], hidden.shape[1])
 
-    def _rows_and_tokens(self, x: torch.Tensor) -> tuple[int, int]:
-        """(rows, tokens a row) of a linear's input; some families flatten the two into one dimension."""
+    def _slots(self, path: str, x: torch.Tensor, rows: Spread) -> torch.Tensor:
+        """Slots of a linear's input, one a token; some families flatten rows and tokens into one dimension."""
         if x.dim() == 3:
-            return x.shape[0], x.shape[1]
-        if x.dim() == 2 and x.shape[0] == self._shape[0] * self._shape[1]:
-            return self._shape
-        raise UnsupportedModelError(
-            f"model: a linear was called with shape {list(x.shape)}, which does not tell the rows of the batch apart; "
-            "leave this linear out of the mask or the policy"
-        )
+            return rows.over(x.shape[0], x.shape[1], x.device)
+        # The tokens of an expert are those that a router picked, in its order: their number says nothing.
+        if not is_routed(path) and x.dim() == 2 and x.shape[0] == self._shape[0] * self._shape[1]:
+            return rows.over(*self._shape, x.device)
+        alike = rows.alike(x[..., 0].numel(), x.device)
+        if alike is None:
+            raise UnsupportedModelError(
+                f"model: {path} was called with shape {list(x.shape)}, which does not tell the rows of the batch "
+                "apart; give all rows of a call the same mask and policy, or leave this linear out of them"
+            )
+        return alike
 
     def _inject(self, block: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         rows = self._now.get("vectors")
@@ -338,17 +385,43 @@ class Patch:
         return self._adapted(path, x, out)
 
     def _masked(self, path: str, linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        rows, bank = self._now.get("masks"), self._masks.get(path)
-        if rows is None or bank is None:
+        rows = self._now.get("masks")
+        if rows is None or path not in self.masks:
             return None
-        slots = rows.over(*self._rows_and_tokens(x), x.device)
+        slots = self._slots(path, x, rows)
         layer: Any = linear
-        flat = ops.masked_linear(x.reshape(-1, x.shape[-1]), layer.weight, bank, slots, None, layer.bias)
+        weight = layer.weight.t() if is_conv1d(linear) else layer.weight
+        flat = self.masks.linear(path, x.reshape(-1, x.shape[-1]), weight, layer.bias, rows, slots)
         return flat.view(*x.shape[:-1], -1)
+
+    def _experts(
+        self, path: str, experts: FusedExperts, plain: Callable[..., torch.Tensor], *args: Any, **named: Any
+    ) -> torch.Tensor:
+        rows = self._now.get("masks")
+        if rows is None:
+            return plain(*args, **named)
+        hidden, index, weights = (*args, *named.values())
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        slots = self._slots(path, flat, rows)
+
+        def project(
+            name: str,
+            expert: int,
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None,
+            token: torch.Tensor,
+        ) -> torch.Tensor:
+            own = f"{path}.{name}.{expert}"
+            if own not in self.masks:
+                return nn.functional.linear(x, weight, bias)
+            return self.masks.linear(own, x, weight, bias, rows, slots[token])
+
+        return experts.forward(flat, index, weights, project).view_as(hidden)
 
     def _adapted(self, path: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         rows, bank = self._now.get("adapters"), self._adapters.get(path)
         if rows is None or bank is None:
             return out
-        slots = rows.over(*self._rows_and_tokens(x), x.device)
+        slots = self._slots(path, x, rows)
         return bank.delta.add_(out, x, slots)

@@ -15,14 +15,26 @@ NOBODY = -1
 
 
 class Spread(Protocol):
-    """The slots of one kind, for the tokens of a forward pass."""
+    """The slots of one kind, for the tokens of a forward pass.
+
+    Attributes:
+        mixed: whether a row's slot is below -1: a mixture.
+    """
+
+    mixed: bool
 
     @property
     def used(self) -> set[int]:
         """The slots that rows carry."""
 
+    def may_use(self, slots: set[int]) -> bool:
+        """Whether a row may carry one of these; never wrongly no."""
+
     def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """Slots [batch * length], row-major."""
+
+    def alike(self, count: int, device: torch.device) -> torch.Tensor | None:
+        """Slots [count] of tokens that do not say which rows they are of: None where rows differ in them."""
 
 
 class TokenSlots:
@@ -31,11 +43,25 @@ class TokenSlots:
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
         self._spread: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+        self.mixed = bool((rows < NOBODY).any())
+
+    @cached_property
+    def _carried(self) -> frozenset[int]:
+        return frozenset(self._rows.tolist()) - {NOBODY}
 
     @property
     def used(self) -> set[int]:
         """The slots that rows carry."""
-        return set(self._rows.tolist()) - {NOBODY}
+        return set(self._carried)
+
+    def may_use(self, slots: set[int]) -> bool:
+        """Whether a row carries one of these."""
+        return not self._carried.isdisjoint(slots)
+
+    def alike(self, count: int, device: torch.device) -> torch.Tensor | None:
+        """Slots [count] of tokens of unknown rows; None where rows differ."""
+        first = self._rows[:1]
+        return first.expand(count).to(device) if bool((self._rows == first).all()) else None
 
     def over(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """Slots [batch * length], row-major. A batch that is a multiple of the rows (beams) repeats each row."""
@@ -93,14 +119,12 @@ class DeviceSlots:
         """Give the first seats the slots of these rows, and the others none."""
         self._used = tuple(slots.by_kind)
         for kind, held in self._held.items():
-            held.rows.fill_(NOBODY)
-            rows = getattr(slots, kind)
-            held.rows[: rows.shape[0]].copy_(rows, non_blocking=True)
+            held.hold(getattr(slots, kind))
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds that any row uses: a recording holds for these."""
-        return self._used
+    def kinds(self) -> tuple[object, ...]:
+        """The kinds that any row uses, and how: a recording holds for these."""
+        return (*self._used, *(self._held[kind].how for kind in self._used))
 
     @property
     def by_kind(self) -> dict[str, _Held]:
@@ -119,6 +143,30 @@ class _Held:
     def __init__(self, seats: int, device: torch.device) -> None:
         self.rows = torch.full((seats,), NOBODY, dtype=torch.int32, device=device)
         self.spread: dict[int, torch.Tensor] = {}
+        self.mixed = False
+        # Whether all rows have one slot, and whether a linear has asked: only then do recordings depend on it.
+        self._same, self._asked = True, False
+
+    def hold(self, rows: torch.Tensor) -> None:
+        """Take the slots of the first seats; the others carry none."""
+        self.rows.fill_(NOBODY)
+        self.rows[: rows.shape[0]].copy_(rows, non_blocking=True)
+        self.mixed = bool((rows < NOBODY).any())
+        self._same = bool((rows == rows[:1]).all())
+
+    @property
+    def how(self) -> tuple[bool, bool | None]:
+        """What a pass that is recorded takes for granted of the slots."""
+        return self.mixed, self._same if self._asked else None
+
+    def may_use(self, slots: set[int]) -> bool:
+        """Yes: which slots they are may change between replays."""
+        return True
+
+    def alike(self, count: int, device: torch.device) -> torch.Tensor | None:
+        """As `TokenSlots.alike`; seats without a row go along."""
+        self._asked = True
+        return self.rows[:1].expand(count) if self._same else None
 
     @property
     def used(self) -> set[int]:
