@@ -121,17 +121,12 @@ class Cast:
                 f"personas: {len(given)} given for {rows // repeats} rows; give one a row (None for the plain model)"
             )
         for persona in given:
+            if persona is not None and not isinstance(persona, Persona):
+                raise PersonafastError(f"personas: expected Persona or None, got {type(persona).__name__}")
+            self._check_only_mask(persona)
             if persona is not None:
-                if not isinstance(persona, Persona):
-                    raise PersonafastError(f"personas: expected Persona or None, got {type(persona).__name__}")
                 self.library.check_persona(persona, self._members)
                 self._check_mechanisms(persona)
-            if self.only_mask is not None and (persona is None or list(persona.mask_shares) != [self.only_mask]):
-                what = "a mixture of masks" if persona is not None and len(persona.mask_shares) > 1 else persona
-                raise PersonafastError(
-                    f"personas: {what} does not speak through mask {self.only_mask!r}, but only its weights were "
-                    f"kept (keep_dense=False); give Persona(mask={self.only_mask!r}) or attach with keep_dense=True"
-                )
         mixtures = {tuple(sorted(persona.mask_shares.items())) for persona in given if persona is not None}
         self.patch.masks.mixtures.check_room(sum(len(parts) > 1 for parts in mixtures))
         # num_return_sequences repeats each row in place.
@@ -239,6 +234,15 @@ class Cast:
         found = self._members[name].lora if name in self._members else self.library.policies[name]
         assert found is not None
         return found
+
+    def _check_only_mask(self, persona: Persona | None) -> None:
+        if self.only_mask is None or (persona is not None and list(persona.mask_shares) == [self.only_mask]):
+            return
+        what = "a mixture of masks" if persona is not None and len(persona.mask_shares) > 1 else persona
+        raise PersonafastError(
+            f"personas: {what} does not speak through mask {self.only_mask!r}, but only its weights were "
+            f"kept (keep_dense=False); give Persona(mask={self.only_mask!r}) or attach with keep_dense=True"
+        )
 
     def _check_mechanisms(self, persona: Persona) -> None:
         names = [name for name in _named(persona) if self._is_model(name)]

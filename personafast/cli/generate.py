@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from personafast.cli.options import assignments, finite, read_prompts
+from personafast.cli.options import assignments, finite, mask_of, read_prompts
 from personafast.cli.progress import progress_bar
 from personafast.errors import PersonafastError
 
@@ -46,7 +46,12 @@ def generate(
     vector: Annotated[
         list[str] | None, typer.Option(metavar="NAME=COEF", help="Add a persona vector; repeat to blend.")
     ] = None,
-    mask: Annotated[str | None, typer.Option(metavar="NAME", help="Speak through this persona mask.")] = None,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]", help="Speak through this persona mask; with weights, repeat to mix masks."
+        ),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=WEIGHT", help="Weigh in a LoRA policy; 1 is full strength; repeat to blend."),
@@ -107,7 +112,7 @@ def generate(
 ) -> None:
     """Answer prompts as a blend of personas.
 
-    A persona is any mix of vectors, one mask, LoRA policies and prompt personas; without any, the plain model answers.
+    A persona is any mix of vectors, a mask or several, LoRA policies and prompt personas; without any, the plain model answers.
     """
     from personafast.handle import attach
     from personafast.library import PersonaLibrary
@@ -128,7 +133,7 @@ def generate(
     streaming = _streaming(stream, single=prompts_file is None, to_machine=as_json or output is not None)
     parts = {
         "vectors": assignments("--vector", vector or []),
-        "mask": mask,
+        "mask": mask_of("--mask", mask or []),
         "policies": assignments("--policy", policy or []),
         "prompts": assignments("--prompt-persona", prompt_persona or []),
     }

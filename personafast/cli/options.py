@@ -34,6 +34,20 @@ def assignments(option: str, values: Sequence[str]) -> dict[str, float]:
     return parsed
 
 
+def mask_of(option: str, values: Sequence[str]) -> str | dict[str, float] | None:
+    """One mask by name, or masks with weights, "name=number", to be mixed.
+
+    Raises:
+        PersonafastError: several masks of which one has no weight, or as `assignments`.
+    """
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    for value in values:
+        if "=" not in value:
+            raise PersonafastError(f"{option} {value!r}: of several masks each takes a weight, as in '{value}=0.5'")
+    return assignments(option, values) or None
+
+
 def finite(option: str, value: float, *, low: float, high: float = math.inf) -> float:
     """Return `value` if it is a finite number in [low, high], or raise `PersonafastError` naming the option."""
     if not math.isfinite(value) or not low <= value <= high:

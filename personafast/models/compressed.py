@@ -78,7 +78,7 @@ class CompressedWeight:
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
         flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
-        return flat.view(*x.shape[:-1], -1)
+        return flat.view(*x.shape[:-1], flat.shape[-1])
 
 
 def _save_dense(linear: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -110,7 +110,7 @@ class MaskBank:
             parts.reshape(-1),
             self._gamma_for(rows, x.device),
             bias,
-        ).view(x.shape[0], count, -1)
+        ).view(x.shape[0], count, weight.shape[0])
         wide = torch.promote_types(x.dtype, torch.float32)
         return (products.to(wide) * shares[..., None]).sum(dim=1).to(x.dtype)
 

@@ -392,7 +392,8 @@ class Patch:
         layer: Any = linear
         weight = layer.weight.t() if is_conv1d(linear) else layer.weight
         flat = self.masks.linear(path, x.reshape(-1, x.shape[-1]), weight, layer.bias, rows, slots)
-        return flat.view(*x.shape[:-1], -1)
+        # Not -1: an expert may get no token at all.
+        return flat.view(*x.shape[:-1], flat.shape[-1])
 
     def _experts(
         self, path: str, experts: FusedExperts, plain: Callable[..., torch.Tensor], *args: Any, **named: Any

@@ -265,3 +265,20 @@ def test_usage_errors_exit_with_2_too(cli, arguments):
 
 def test_an_unknown_draft(refused):
     assert "--draft 'mergee': choose one of" in refused("generate", "--prompt", "x", "--draft", "mergee")
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (["introvert=0.5", "introvert=0.5"], "--mask 'introvert=0.5': 'introvert' is given twice"),
+        (["introvert", "thinker"], "--mask 'introvert': of several masks each takes a weight, as in 'introvert=0.5'"),
+        (["introvert=nan"], "--mask 'introvert=nan': the weight is nan"),
+        (["introvert=0"], "mask: no weight is above 0"),
+        (["introvert=-1"], "mask['introvert']: the weight -1 is negative"),
+        (["introvert=1", "nobody=1"], "no mask 'nobody' in the library"),
+    ],
+)
+def test_mixtures_of_masks_that_mean_nothing(refused, checkpoint, personas, masks, message):
+    given = [part for mask in masks for part in ("--mask", mask)]
+    line = refused("generate", "--model", checkpoint, "--library", personas, *given, "--prompt", "hi")
+    assert message in line

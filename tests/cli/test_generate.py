@@ -3,10 +3,12 @@ import shutil
 
 import pytest
 import torch
+from helpers import gates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from personafast.cli import generate as command
 from personafast.cli.options import assignments
+from personafast.library import PersonaLibrary
 
 QUESTIONS = ["what is this sea", "is this a ship", "what is this sea", "are you calm"]
 
@@ -296,3 +298,17 @@ def test_rules_and_samplers_reach_the_engine(ask):
     assert answers["block"]["stats"]["tokens_per_round"] > 1 == answers["direct"]["stats"]["tokens_per_round"]
     assert answers["auto"]["stats"]["notes"][0].startswith("auto: direct")
     assert len({answer["reply"] for answer in answers.values()}) > 2
+
+
+def test_masks_are_named_or_mixed_by_weight(ask, net, personas):
+    library = PersonaLibrary.from_pretrained(personas)
+    library.add_mask("thinker", gates.random_mask(net, 1))
+    library.save_pretrained(personas)
+    prompt = ("--prompt", QUESTIONS[0], "--json", "--greedy")
+    name, other = "introvert", "thinker"
+    alone, one = (records(ask(*prompt, "--mask", given))[0] for given in (name, f"{name}=3"))
+    assert alone["reply"] == one["reply"]
+    assert (alone["settings"]["persona"]["mask"], one["settings"]["persona"]["mask"]) == (name, {name: 3.0})
+    mixed = records(ask(*prompt, "--mask", f"{name}=0.7", "--mask", f"{other}=0.3"))[0]
+    assert mixed["settings"]["persona"]["mask"] == {name: 0.7, other: 0.3}
+    assert mixed["reply"] not in (alone["reply"], records(ask(*prompt, "--mask", other))[0]["reply"])
