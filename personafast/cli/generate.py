@@ -112,7 +112,7 @@ def generate(
 ) -> None:
     """Answer prompts as a blend of personas.
 
-    A persona is any mix of vectors, a mask or several, LoRA policies and prompt personas; without any, the plain model answers.
+    A persona is any mix of vectors, masks, LoRA policies and prompt personas; without any, the plain model answers.
     """
     from personafast.handle import attach
     from personafast.library import PersonaLibrary

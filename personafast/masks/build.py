@@ -66,8 +66,8 @@ def build_mask(
             by the same key of `sparsity`. round((1 - sparsity) n) of a group's n weights are kept.
         gamma: what the dropped weights are multiplied with, 0 <= gamma <= 1: the soft gate M + gamma (1 - M).
         seed: of ``random``.
-        experts: also mask experts that share one fused parameter, one by one. Off by default, since `attach` does not
-            run such masks; the parameters left out are listed in ``metadata["left_out"]``.
+        experts: also mask experts that share one fused parameter, one by one. Off by default: such a mask runs expert
+            by expert, and needs the dense weights. The parameters left out are listed in ``metadata["left_out"]``.
 
     Returns:
         The mask. Its metadata says how it was made; ``unseen`` lists experts that no token reached, which are masked by

@@ -48,6 +48,11 @@ class MaskBank:
     def __contains__(self, path: str) -> bool:
         return path in self._words
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Path -> the bits of all masks, int32 [C, out, ceil(in / 32)]."""
+        return dict(self._words)
+
     def missing(self, masks: Mapping[str, Gate]) -> set[str]:
         """Paths that these masks cover and the bank does not."""
         return {path for mask in masks.values() for path in mask.words} - set(self._words)
@@ -147,7 +152,6 @@ class MaskBank:
 
     def _put(self, name: str, mask: Gate) -> None:
         slot = self._free.pop()
-        self.mixtures.forget(slot)
         for path, words in mask.words.items():
             self._words[path][slot].copy_(words)
         self.slots[name] = slot

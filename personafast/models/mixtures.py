@@ -68,10 +68,6 @@ class MixtureTable:
                 "attach with a larger max_personas"
             )
 
-    def forget(self, mask: int) -> None:
-        """Another mask stands in this slot now: mixtures of the one before are no longer found."""
-        self._slots = {key: slot for key, slot in self._slots.items() if all(part != mask for part, _ in key)}
-
     def parts(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks and shares of tokens, [T, N] each, of their slots int32 [T]; one that carries no mixture has itself."""
         # All linears of a pass ask with one tensor.

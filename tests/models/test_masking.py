@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import gates, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import personafast as pf
 from personafast.errors import PersonafastError
@@ -127,7 +129,7 @@ def test_a_mask_added_after_attaching_costs_its_own_bits(net, masks, ids):
 
 
 def addresses(bank):
-    return {path: words.data_ptr() for path, words in bank._words.items()}
+    return {path: words.data_ptr() for path, words in bank.tensors.items()}
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def test_masks_and_bank_share_one_memory_and_are_saved_as_before(net, masks, ids
     before = {name: {path: words.clone() for path, words in mask.words.items()} for name, mask in masks.items()}
     library = library_of(net, masks)
     with pf.attach(net, library) as handle:
-        bank = handle.cast.patch.masks._words
+        bank = handle.cast.patch.masks.tensors
         held = {tensor.untyped_storage().data_ptr() for tensor in bank.values()}
         of_masks = {w.untyped_storage().data_ptr() for mask in masks.values() for w in mask.words.values()}
         assert of_masks == held
@@ -218,3 +220,38 @@ def test_shares_are_normalised(net, masks, ids):
         torch.testing.assert_close(found[1], found[2], rtol=1e-5, atol=1e-5)
         one = net(ids[:2], personas=[pf.Persona(mask={"hard": 0.4}), HARD]).logits
         assert torch.equal(one[0], net(ids[:2], personas=[HARD, HARD]).logits[0])
+
+
+class Made(TorchDispatchMode):
+    """The sizes of all tensors that operators give back."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sizes = [part.untyped_storage().nbytes() for part in tree_leaves(found) if isinstance(part, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return found
+
+
+def test_letting_another_mask_speak_makes_and_changes_nothing_of_a_weights_size(net, masks):
+    weights = list(net.parameters())
+    smallest = min(weight.numel() for weight in weights if weight.dim() > 1)
+    with pf.attach(net, library_of(net, masks), max_personas=4) as handle:
+        bank = handle.cast.patch.masks.tensors
+        versions = [tensor._version for tensor in (*weights, *bank.values())]
+        with Made() as made:
+            for personas in (
+                [HARD] * 4,
+                [SOFT, None, OTHER, HARD],
+                [MIXED] * 4,
+                [pf.Persona(mask={"hard": 1, "soft": 1})],
+            ):
+                with handle.using(personas):
+                    pass
+                handle.cast.rows(handle.cast.spread(personas, len(personas)), [[1]] * len(personas), "direct", "auto")
+        assert 0 < made.largest <= 4 * 4 * 2 < smallest
+        assert versions == [tensor._version for tensor in (*weights, *bank.values())]
+        assert all(bank[path] is own for path, own in handle.cast.patch.masks.tensors.items())
