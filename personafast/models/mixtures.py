@@ -57,7 +57,6 @@ class MixtureTable:
                 own_masks[_FIRST - slot].copy_(masks)
                 own_shares[_FIRST - slot].copy_(shares)
         self._slots[key] = slot
-        self._spread = None
         return slot
 
     def check_room(self, count: int) -> None:

@@ -13,14 +13,17 @@ HARD, SOFT, OTHER = pf.Persona(mask="hard"), pf.Persona(mask="soft"), pf.Persona
 MIXED = pf.Persona(mask={"hard": 0.7, "soft": 0.3})
 
 
-@pytest.fixture
-def masks(net):
+def made(net):
     return {
         "hard": gates.random_mask(net, 1),
         "soft": gates.random_mask(net, 2, gamma=0.3),
-        # Leaves one linear alone, and does not touch another that only it would.
         "other": gates.random_mask(net, 3, gamma=0.6, leave=("q_proj", "down_proj")),
     }
+
+
+@pytest.fixture
+def masks(net):
+    return made(net)
 
 
 def library_of(net, masks):
@@ -62,14 +65,23 @@ def test_every_row_speaks_through_its_own_gate(family, backend, ids):
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "recorded"])
 @pytest.mark.usefixtures("reference_backend")
 def test_texts_are_those_of_the_models_multiplied_by_hand(net, masks, ids, graphs):
+    three = {"hard": 0.25, "soft": 0.25, "other": 0.5}
+    ids = torch.cat([ids, ids[:1]])
+    personas, all_shares = [*ROWS, pf.Persona(mask=three)], [*SHARES, three]
     expected = [
         stock(gates.gated(net, masks, shares) if shares else net, ids[row : row + 1])[0]
-        for row, shares in enumerate(SHARES)
+        for row, shares in enumerate(all_shares)
     ]
     with pf.attach(net, library_of(net, masks), graphs=graphs) as handle:
-        # What is recorded for one set of personas must not be replayed for another.
-        for order in (range(6), [5, 4, 3, 2, 1, 0], [0, 1, 2, 0, 1, 2]):
-            found = spoken(net, handle, ids[list(order)], [ROWS[row] for row in order])
+        # What is recorded for rows of single masks must not be replayed for mixtures, nor that of two masks for three.
+        for order in (
+            [0, 1, 2, 0, 1, 2],
+            [0, 1, 2, 3, 4, 5],
+            [5, 4, 3, 2, 1, 0],
+            [6, 3, 6, 0, 1, 2],
+            [0, 1, 2, 0, 4, 2],
+        ):
+            found = spoken(net, handle, ids[order], [personas[row] for row in order])
             assert torch.equal(found, torch.stack([expected[row] for row in order]))
 
 
@@ -122,7 +134,8 @@ def test_a_mask_added_after_attaching_costs_its_own_bits(net, masks, ids):
         found = net(ids[:3], personas=[pf.Persona(mask=f"late{seed}"), HARD, MIXED]).logits
         # The second one finds the room that the first one has made for half as many masks again as there were.
         assert (addresses(bank) == before) == (seed in (1, 3))
-        known = {**masks, "late": late}
+        # Made again: those that are attached have their bits in the bank.
+        known = {**made(plain), "late": gates.random_mask(plain, 10 + seed, gamma=0.1 * seed)}
         for row, shares in enumerate(({"late": 1.0}, {"hard": 1.0}, {"hard": 0.7, "soft": 0.3})):
             expected = gates.gated(plain, known, shares)(ids[row : row + 1]).logits[0]
             torch.testing.assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
@@ -142,7 +155,7 @@ def test_a_replaced_mask_is_heard_and_the_old_one_keeps_its_bits(net, masks, ids
         new = gates.random_mask(plain, seed)
         library.add_mask("hard", new)
         found = net(ids[:2], personas=[HARD, MIXED]).logits
-        known = {"hard": new, "soft": masks["soft"]}
+        known = {"hard": gates.random_mask(plain, seed), "soft": made(plain)["soft"]}
         for row, shares in enumerate(({"hard": 1.0}, {"hard": 0.7, "soft": 0.3})):
             expected = gates.gated(plain, known, shares)(ids[row : row + 1]).logits[0]
             torch.testing.assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
@@ -242,7 +255,7 @@ def test_letting_another_mask_speak_makes_and_changes_nothing_of_a_weights_size(
     with pf.attach(net, library_of(net, masks), max_personas=4) as handle:
         bank = handle.cast.patch.masks.tensors
         versions = [tensor._version for tensor in (*weights, *bank.values())]
-        with Made() as made:
+        with Made() as sizes:
             for personas in (
                 [HARD] * 4,
                 [SOFT, None, OTHER, HARD],
@@ -252,6 +265,6 @@ def test_letting_another_mask_speak_makes_and_changes_nothing_of_a_weights_size(
                 with handle.using(personas):
                     pass
                 handle.cast.rows(handle.cast.spread(personas, len(personas)), [[1]] * len(personas), "direct", "auto")
-        assert 0 < made.largest <= 4 * 4 * 2 < smallest
+        assert 0 < sizes.largest <= 4 * 4 * 2 < smallest
         assert versions == [tensor._version for tensor in (*weights, *bank.values())]
         assert all(bank[path] is own for path, own in handle.cast.patch.masks.tensors.items())
