@@ -398,6 +398,7 @@ class PersonaHandle:
 
     def _check_call(self, model: Any, config: Any, prepared: dict[str, Any]) -> None:
         self._check_attached()
+        self.cast.patch.parts.check_attention_only("personas")
         if model is not self.model and getattr(self.model, "base_model", None) is not model:
             owner = getattr(self.model, "get_base_model", lambda: None)()
             if owner is not model:

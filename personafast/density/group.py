@@ -43,6 +43,7 @@ class Group:
         device: torch.device,
         room: int | None = None,
     ) -> None:
+        patch.parts.check_attention_only("personas")
         self._patch, self._stats = patch, stats
         vectors, masks, adapters = zip(*slots, strict=True)
         self._slots = RowSlots.of(vectors, masks, adapters)

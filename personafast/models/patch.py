@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,12 +51,13 @@ def _plain(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A00
     return ops.linear(input, weight, parameters["bias"])
 
 
-def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor) -> Any:
+def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor, *gates: Any, **named: Any) -> Any:
     weight = norm._parameters.get("weight")
-    if weight is not None and serves(hidden_states, weight):
+    # Some norms of recurrent layers also take a gate.
+    if weight is not None and not gates and not named and serves(hidden_states, weight):
         return run_kernel(hidden_states, weight, norm.__dict__[eps])
     # Its own, not our torch form: the trial allows for a last bit, identity under the reference backend does not.
-    return type(norm).forward(norm, hidden_states)
+    return type(norm).forward(norm, hidden_states, *gates, **named)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -179,7 +180,10 @@ class Patch:
             self._patch_linear(path)
         self._banks_set += 1
 
-    def _check_maskable(self, paths: Iterable[str]) -> None:
+    def _check_maskable(self, paths: Collection[str]) -> None:
+        if paths:
+            # Their fused kernels read weights past the linears that hold them.
+            self.parts.check_attention_only("masks")
         for path in paths:
             linear = self.parts.linears[path]
             weight = linear.weight
@@ -202,6 +206,8 @@ class Patch:
     def set_adapters(self, adapters: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> None:
         """Give the linears these adapters; the slot of an adapter is its index."""
         paths = sorted({path for adapter in adapters for path in adapter})
+        if paths:
+            self.parts.check_attention_only("policies")
         self._adapters = {
             path: AdapterBank.stack(self.parts.linears[path], [adapter.get(path) for adapter in adapters])
             for path in paths
@@ -290,7 +296,7 @@ class Patch:
         bank = self.vectors.at(block)
         if bank is None:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
         batch, length, width = hidden.shape
         slots = rows.over(batch, length, hidden.device)
         flat = hidden.reshape(-1, width)
@@ -305,7 +311,7 @@ class Patch:
             if flat.data_ptr() == hidden.data_ptr():
                 return None
         changed = flat.view(batch, length, width)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
 
     def _patch_linear(self, path: str) -> None:
         linear = self.parts.linears[path]
