@@ -208,14 +208,14 @@ class Cast:
     def vector_slots(self, personas: Sequence[Persona | None]) -> list[int]:
         """The vector slot of every row; blends that are not in the bank are put there."""
         slots: list[int] = []
-        in_use = self.patch.vector_slots
+        in_use = self.patch.steering.used
         for persona in personas:
             if persona is None or not any(persona.vectors.values()):
                 slots.append(NOBODY)
                 continue
             # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
             content = tuple((self.library.vectors[name], c) for name, c in sorted(persona.vectors.items()))
-            slot = self.patch.vectors.slot(
+            slot = self.patch.steering.vectors.slot(
                 (content, persona.blocks),
                 functools.partial(blend, self.library.vectors, persona.vectors, blocks=persona.blocks),
                 in_use,
