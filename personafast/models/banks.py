@@ -73,9 +73,25 @@ class AdapterBank:
     ranks: torch.Tensor
 
     @cached_property
-    def delta(self) -> BoundDelta:
-        """What adds the updates of these adapters to the linear's output."""
-        return BoundDelta(self.a, self.b, self.scale, self.ranks)
+    def _bound(self) -> dict[tuple[torch.dtype, torch.device], BoundDelta]:
+        own = BoundDelta(self.a, self.b, self.scale, self.ranks)
+        return {(self.a.dtype, self.a.device): own}
+
+    def add_(self, out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`out` [..., O], with the updates of `x` [..., I]; slots int32, one for each row of both.
+
+        The factors follow the activations: a quantised or offloaded weight does not say where and in which dtype its
+        linear computes, and a model may be moved.
+        """
+        delta = self._bound.get((out.dtype, out.device))
+        if delta is None:
+            b = self.b.transpose(1, 2).to(out.device, out.dtype).transpose(1, 2)
+            with torch.inference_mode(False):
+                delta = BoundDelta(
+                    self.a.to(out.device, out.dtype), b, self.scale.to(out.device), self.ranks.to(out.device)
+                )
+            self._bound[out.dtype, out.device] = delta
+        return delta.add_(out, x.to(out.dtype), slots)
 
     @classmethod
     def stack(

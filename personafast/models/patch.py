@@ -187,11 +187,21 @@ class Patch:
             self.parts.check_attention_only("masks")
         for path in paths:
             linear = self.parts.linears[path]
-            weight = linear.weight
-            assert isinstance(weight, torch.Tensor)
-            if is_conv1d(linear) or not weight.is_floating_point():
+            weight = getattr(linear, "weight", None)
+            if not isinstance(weight, torch.Tensor):
+                raise UnsupportedModelError(
+                    f"masks: {path} is {type(linear).__name__} without a weight of its own name (packed by a "
+                    "quantiser); masks need nn.Linear in fp32, bf16 or fp16"
+                )
+            if is_conv1d(linear) or not weight.is_floating_point() or weight.dtype.itemsize == 1:
                 raise UnsupportedModelError(
                     f"masks: {path} is {type(linear).__name__} of {weight.dtype}; masks need nn.Linear in "
+                    "fp32, bf16 or fp16"
+                )
+            scale = next((name for name in (*linear._parameters, *linear._buffers) if "scale" in name), None)
+            if scale is not None:
+                raise UnsupportedModelError(
+                    f"masks: {path} is {type(linear).__name__} with a {scale}, quantised; masks need nn.Linear in "
                     "fp32, bf16 or fp16"
                 )
             if type(weight) not in (torch.Tensor, nn.Parameter):
@@ -332,4 +342,4 @@ class Patch:
         if rows is None or bank is None:
             return out
         slots = rows.over(*self._rows_and_tokens(x), x.device)
-        return bank.delta.add_(out, x, slots)
+        return bank.add_(out, x, slots)
