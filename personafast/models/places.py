@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,6 +33,15 @@ class Prompts:
         self.told = None if lengths is None else torch.tensor(list(lengths), dtype=torch.long)
         self._seen: torch.Tensor | None = None
 
+    def check(self, places: Places) -> None:
+        """Refuse a pass that goes on from a cache when nobody has told where its prompts end; its cache is untouched.
+
+        Raises:
+            PersonafastError: naming what tells it.
+        """
+        if self.told is None and self._seen is None and not places.in_generation and not places.begins:
+            self._refuse()
+
     def of(self, places: Places, index: torch.Tensor) -> torch.Tensor:
         """Prompt length of every row of a pass whose tokens have this index [B, L]; int64 [B].
 
@@ -46,13 +55,17 @@ class Prompts:
         if began is not None:
             return began.to(device)
         if places.begins:
-            self._seen = index.amax(dim=1) + 1
+            self._seen = index[:, : places.columns_of_prompt].amax(dim=1) + 1
         if self._seen is None or self._seen.shape[0] != batch:
-            raise PersonafastError(
-                "prompt_lengths: this pass goes on from a cache, which does not tell where the prompts end; give "
-                "personas.using(..., prompt_lengths=...), or make the pass over the prompts inside the same `with`"
-            )
+            self._refuse()
         return self._seen.to(device)
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise PersonafastError(
+            "prompt_lengths: this pass goes on from a cache, which does not tell where the prompts end; give "
+            "personas.using(..., prompt_lengths=...), or make the pass over the prompts inside the same `with`"
+        )
 
 
 class Places:
@@ -75,6 +88,16 @@ class Places:
     def begins(self) -> bool:
         """Whether nothing is in the cache yet."""
         return bool(self._past == 0)
+
+    @property
+    def in_generation(self) -> bool:
+        """Whether the pass belongs to a call of `generate`."""
+        return self._generation is not None
+
+    @property
+    def columns_of_prompt(self) -> int | None:
+        """Columns that the prompts take, or None if nobody says."""
+        return None if self._generation is None else self._generation.columns
 
     @property
     def _live(self) -> torch.Tensor | None:
@@ -114,7 +137,7 @@ class Places:
         return found.to(device).expand(batch, length)
 
     def prompts_of_generation(self, batch: int) -> torch.Tensor | None:
-        """Prompt lengths int64 [B] as the call of `generate` tells them; None outside of one."""
+        """Prompt lengths int64 [B] as masks tell them; None outside of `generate` or without any such mask."""
         generation = self._generation
         if generation is None:
             return None
@@ -123,7 +146,8 @@ class Places:
             return repeated(generation.mask.long().sum(dim=1), batch, "attention_mask")
         if live is not None and live.shape[1] >= generation.columns:
             return live[:, : generation.columns].long().sum(dim=1).expand(batch)
-        return torch.full((batch,), generation.columns)
+        # A mask of another form: the pass over the prompts tells by its positions.
+        return torch.full((batch,), generation.columns) if self._mask is None else None
 
 
 def repeated(values: torch.Tensor, batch: int, what: str) -> torch.Tensor:

@@ -75,6 +75,8 @@ class SteeredBlocks:
         if self.rows is not None and self.rows.shaped:
             self._lanes.clear()
             self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
+            # Refused here, before a block has put anything into the cache.
+            self.rows.check(self._places)
 
     def _over(self, rows: RowSteps | HeldSteps, batch: int, length: int, device: torch.device) -> tuple[Lane, ...]:
         if not rows.shaped:

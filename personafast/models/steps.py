@@ -231,6 +231,11 @@ class RowSteps:
             found[lane] = (chooses, any(window.scaled for window in windows), blocks)
         return found
 
+    def check(self, places: Places) -> None:
+        """Raise unless a pass tells what the steps need to know."""
+        if self.counts:
+            self.prompts.check(places)
+
     def over(self, batch: int, length: int, device: torch.device, places: Places | None) -> tuple[Lane, ...]:
         """The lanes of a pass over `length` tokens a row. A batch that is a multiple of the rows repeats each row."""
         if self.shaped:
@@ -317,6 +322,9 @@ class HeldSteps:
         """A pass begins, over tokens with this index, int64 [seats, L]."""
         self._index = index
         self._spread.clear()
+
+    def check(self, places: Places) -> None:
+        """As `RowSteps.check`: they know."""
 
     def over(self, batch: int, length: int, device: torch.device, places: Places | None) -> tuple[Lane, ...]:
         """As `RowSteps.over`."""
