@@ -1,7 +1,7 @@
 """What `attach` plugs into a model: steering at the blocks, masks and LoRA updates at the linears.
 
-Every row of a batch carries three small integers: a vector slot, a mask slot and an adapter slot, -1 for none. They
-index banks that live beside the model, so changing who speaks in a row changes no weight and allocates nothing.
+Every row of a batch carries small integers: a slot for each step of steering, a mask slot and an adapter slot, -1 for
+none. They index banks that live beside the model, so changing who speaks in a row changes no weight.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Patch:
     def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
         self.model = model
         self.parts = parts
-        self.steering = SteeredBlocks(parts, max_personas)
+        self.steering = SteeredBlocks(model, parts, max_personas)
         self.compressed: dict[str, CompressedWeight] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._adapters: dict[str, AdapterBank] = {}
@@ -251,7 +251,7 @@ class Patch:
         else:
             found = StaticContext(self.model, rows, capacity, device, self._recorder)
         # A recording knows the addresses of the banks.
-        found.banks_are((self._banks_set, self.steering.vectors.made))
+        found.banks_are((self._banks_set, *self.steering.made))
         return found
 
     def give_back(self, context: StaticContext) -> None:
@@ -262,25 +262,23 @@ class Patch:
     @contextlib.contextmanager
     def rows(self, slots: RowSlots | DeviceSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
-        before = self._now
-        self._carry(slots.by_kind)
+        before = self._now, self.steering.rows
+        self._now = slots.of_linears
+        self.steering.carry(slots.of_blocks)
         try:
             yield
         finally:
-            self._carry(before)
+            self._now = before[0]
+            self.steering.carry(before[1])
 
     def bytes_read(self, slots: RowSlots) -> int:
         """Estimated bytes of weights that a forward pass of these rows reads: the model once, and its adapters."""
-        known = slots.by_kind.get("adapters")
+        known = slots.of_linears.get("adapters")
         adapters = known.used if known is not None else set()
         factors = sum(
             (bank.a[0].numel() + bank.b[0].numel()) * bank.a.element_size() for bank in self._adapters.values()
         )
         return model_bytes(self.model) + len(adapters) * factors
-
-    def _carry(self, by_kind: Mapping[str, Spread]) -> None:
-        self._now = by_kind
-        self.steering.rows = by_kind.get("vectors")
 
     def _note_shape(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")

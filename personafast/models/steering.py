@@ -1,8 +1,9 @@
-"""Steering at the blocks: what the rows of a batch carry is added to the residual stream after each block."""
+"""Steering at the blocks: what the rows of a batch carry is done to the residual stream after each block."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -10,29 +11,43 @@ from torch import nn
 
 from personafast import ops
 from personafast.models.anatomy import Anatomy
-from personafast.models.banks import VectorBank
-from personafast.models.rows import NOBODY, Spread
+from personafast.models.banks import DirectionBank, VectorBank
+from personafast.models.places import Generation, Places
+from personafast.models.steps import HeldSteps, Lane, RowSteps
+from personafast.ops._inject import injected
+from personafast.ops._steer import steered
 
 
 class SteeredBlocks:
-    """The hooks on the blocks of one model, and the bank they read.
+    """The hooks on the blocks of one model, and the banks they read.
 
     Attributes:
-        vectors: a row for every blend, block by block.
+        adds: what is added, a row for every blend, block by block.
+        directions: what the other operations steer along.
         rows: what the rows of the forward passes carry now, or None.
+        generation: the call of the model's `generate` that is running, or None.
     """
 
-    def __init__(self, parts: Anatomy, max_personas: int) -> None:
-        self._blocks = parts.blocks
-        self.vectors = VectorBank(parts, max_personas)
-        self.rows: Spread | None = None
+    def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
+        self._model, self._blocks = model, parts.blocks
+        self.adds = VectorBank(parts, max_personas)
+        self.directions = DirectionBank(parts, max_personas)
+        self.rows: RowSteps | HeldSteps | None = None
+        self.generation: Generation | None = None
         self._hooks: list[Any] = []
+        self._names: tuple[str, ...] = ()
+        # Of the pass that runs: where its tokens stand, and the lanes by (batch, length, device).
+        self._places: Places | None = None
+        self._lanes: dict[Any, tuple[Lane, ...]] = {}
 
     def install(self) -> None:
-        """Hook the blocks.
+        """Hook the blocks, and the module that calls them, which knows masks and positions.
 
         Hooks are partials of methods, not closures: a deep copy of the model gets a steering of its own.
         """
+        decoder = _caller(self._model, self._blocks[0])
+        self._names = tuple(inspect.signature(decoder.forward).parameters)
+        self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         for index, block in enumerate(self._blocks):
             self._hooks.append(block.register_forward_hook(functools.partial(self._after, index)))
 
@@ -42,31 +57,77 @@ class SteeredBlocks:
             hook.remove()
         self._hooks.clear()
 
+    def carry(self, rows: RowSteps | HeldSteps | None) -> None:
+        """Let the forward passes from now on carry these steps."""
+        self.rows, self._places = rows, None
+        self._lanes.clear()
+
     @property
-    def used(self) -> set[int]:
-        """Slots of the bank that the rows in force use."""
-        return set() if self.rows is None else self.rows.used
+    def made(self) -> tuple[int, int]:
+        """Changes whenever there is a bank that recordings from before do not know."""
+        return self.adds.made, self.directions.made
+
+    def used(self, adds: bool) -> set[int]:
+        """Slots of a bank that the rows in force use."""
+        return set() if self.rows is None else self.rows.used(adds)
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.rows is not None and self.rows.shaped:
+            self._lanes.clear()
+            self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
+            # Refused here, before a block has put anything into the cache.
+            self.rows.check(self._places)
+
+    def _over(self, rows: RowSteps | HeldSteps, batch: int, length: int, device: torch.device) -> tuple[Lane, ...]:
+        if not rows.shaped:
+            return rows.over(batch, length, device, None)
+        key = (batch, length, device)
+        if key not in self._lanes:
+            self._lanes[key] = rows.over(batch, length, device, self._places)
+        return self._lanes[key]
 
     def _after(self, block: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         rows = self.rows
-        if rows is None:
-            return None
-        bank = self.vectors.at(block)
-        if bank is None:
+        if rows is None or (rows.blocks is not None and block not in rows.blocks):
             return None
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         batch, length, width = hidden.shape
-        slots = rows.over(batch, length, hidden.device)
+        lanes = self._over(rows, batch, length, hidden.device)
         flat = hidden.reshape(-1, width)
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            keep = (slots != NOBODY).to(flat.dtype).unsqueeze(1)
-            flat = flat + keep * bank[slots.clamp(min=0).long()]
-        else:
-            # A block that hands its input on unchanged must not have that input edited under its caller.
-            if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == flat.data_ptr():
-                flat = flat.clone()
-            ops.inject_(flat, bank, slots)
-            if flat.data_ptr() == hidden.data_ptr():
-                return None
+        out_of_place = torch.is_grad_enabled() and hidden.requires_grad
+        acted = False
+        for lane in lanes:
+            if lane.blocks is not None and block not in lane.blocks:
+                continue
+            bank = (self.adds if lane.adds else self.directions).at(block)
+            if bank is None:
+                continue
+            if not acted and not out_of_place:
+                # A block that hands its input on unchanged must not have that input edited under its caller.
+                if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == flat.data_ptr():
+                    flat = flat.clone()
+            acted = True
+            if lane.adds:
+                if out_of_place:
+                    flat = injected(flat, bank, lane.slots, lane.scale)
+                else:
+                    ops.inject_(flat, bank, lane.slots, lane.scale)
+            else:
+                mode, params = self.directions.settings(block)
+                if out_of_place:
+                    flat = steered(flat, bank, lane.slots, mode, params, lane.scale)
+                else:
+                    ops.steer_(flat, bank, lane.slots, mode, params, lane.scale)
+        if not acted or flat.data_ptr() == hidden.data_ptr():
+            return None
         changed = flat.view(batch, length, width)
         return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
+
+
+def _caller(model: nn.Module, block: nn.Module) -> nn.Module:
+    """The module whose forward goes through the list that holds `block`."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(part is block for part in child):
+                return module
+    return model
