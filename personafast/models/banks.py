@@ -78,20 +78,38 @@ class VectorBank:
         return self._acts[slot]
 
     def at(self, block: int) -> torch.Tensor | None:
-        """The bank [S, H] of a block, or None when no blend acts there."""
+        """The bank float32 [S, H] of a block, or None when no blend acts there."""
         return self._banks.get(block)
+
+    def on(self, block: int, device: torch.device) -> torch.Tensor | None:
+        """As `at`, on the device of the activations: weights that are away, and a model that was moved, mislead."""
+        bank = self._banks.get(block)
+        if bank is not None and bank.device != device:
+            with torch.inference_mode(False):
+                self._move(block, device)
+            self.made += 1
+            bank = self._banks[block]
+        return bank
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its first bank is; None while it has none."""
+        return next((bank.device for bank in self._banks.values()), None)
 
     def _put(self, block: int, slot: int, row: torch.Tensor, use: tuple[int, float, float]) -> None:
         if block not in self._banks:
-            dtype, device = home(self._blocks[block])
             # No inference tensor, whatever mode the first call is made in: later ones may be made in another.
             with torch.inference_mode(False):
-                self._make(block, dtype, device)
+                self._make(block, home(self._blocks[block])[1])
             self.made += 1
         self._banks[block][slot].copy_(row)
 
-    def _make(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+    def _make(self, block: int, device: torch.device) -> None:
+        # In float32 it serves activations of any dtype.
+        self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=torch.float32, device=device)
+
+    def _move(self, block: int, device: torch.device) -> None:
+        self._banks[block] = self._banks[block].to(device)
 
 
 class DirectionBank(VectorBank):
@@ -113,8 +131,13 @@ class DirectionBank(VectorBank):
         modes[slot] = mode if block in self._acts[slot] else int(SteerMode.ABLATE)
         values[slot].copy_(torch.tensor(params))
 
-    def _make(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
-        super()._make(block, dtype, device)
+    def _move(self, block: int, device: torch.device) -> None:
+        super()._move(block, device)
+        modes, values = self._settings[block]
+        self._settings[block] = modes.to(device), values.to(device)
+
+    def _make(self, block: int, device: torch.device) -> None:
+        super()._make(block, device)
         self._settings[block] = (
             torch.zeros(self.capacity, dtype=torch.int8, device=device),
             torch.ones(self.capacity, 2, dtype=torch.float32, device=device),

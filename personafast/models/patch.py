@@ -74,6 +74,16 @@ def model_bytes(model: nn.Module) -> int:
     )
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` when no weight is in memory and nothing (accelerate) brings them there for a pass."""
+    away = all(parameter.is_meta for parameter in model.parameters())
+    if away and not any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise UnsupportedModelError(
+            f"model: no weight of {type(model).__name__} is in memory (meta: not loaded); load it, or offload it with "
+            "a device_map"
+        )
+
+
 class Patch:
     """The hooks on one model, and the banks they read."""
 
@@ -100,6 +110,7 @@ class Patch:
 
         Hooks and forwards are partials of methods, not closures: a deep copy of the model gets a patch of its own.
         """
+        check_in_memory(self.model)
         first = self.parts.blocks[0]
         self._hooks.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
         self.steering.install()
@@ -330,6 +341,9 @@ class Patch:
         rows, bank = self._now.get("masks"), self._masks.get(path)
         if rows is None or bank is None:
             return None
+        if bank.device != x.device:  # the model was moved
+            bank = self._masks[path] = bank.to(x.device)
+            self._banks_set += 1
         slots = rows.over(*self._rows_and_tokens(x), x.device)
         layer: Any = linear
         flat = ops.masked_linear(x.reshape(-1, x.shape[-1]), layer.weight, bank, slots, None, layer.bias)

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from personafast import ops
+from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy
 from personafast.models.banks import DirectionBank, VectorBank
-from personafast.models.places import Generation, Places
+from personafast.models.places import Generation, Places, repeated
 from personafast.models.steps import HeldSteps, Lane, RowSteps
 from personafast.ops._inject import injected
 from personafast.ops._steer import steered
@@ -30,6 +32,7 @@ class SteeredBlocks:
 
     def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
         self._model, self._blocks = model, parts.blocks
+        self._hidden = parts.shape.hidden_size
         self.adds = VectorBank(parts, max_personas)
         self.directions = DirectionBank(parts, max_personas)
         self.rows: RowSteps | HeldSteps | None = None
@@ -59,6 +62,8 @@ class SteeredBlocks:
 
     def carry(self, rows: RowSteps | HeldSteps | None) -> None:
         """Let the forward passes from now on carry these steps."""
+        if rows is not None and rows.plain is not None and self.adds.device not in (None, rows.plain.device):
+            rows.plain = rows.plain.to(self.adds.device)
         self.rows, self._places = rows, None
         self._lanes.clear()
 
@@ -73,10 +78,16 @@ class SteeredBlocks:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.rows is not None and self.rows.shaped:
-            self._lanes.clear()
-            self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
-            # Refused here, before a block has put anything into the cache.
-            self.rows.check(self._places)
+            place = _place_outside if torch.compiler.is_compiling() else SteeredBlocks._place
+            place(self, args, kwargs)
+
+    def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = self.rows
+        assert rows is not None
+        self._lanes.clear()
+        self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
+        # Refused here, before a block has put anything into the cache.
+        rows.check(self._places)
 
     def _over(self, rows: RowSteps | HeldSteps, batch: int, length: int, device: torch.device) -> tuple[Lane, ...]:
         if not rows.shaped:
@@ -87,10 +98,28 @@ class SteeredBlocks:
         return self._lanes[key]
 
     def _after(self, block: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if self.rows is None:
+                return None
+            return self._traced(block, output) if self.rows.plain is not None else _outside(self, block, args, output)
+        return self._eager(block, args, output)
+
+    def _traced(self, block: int, output: Any) -> Any:
+        """Additions at all tokens, as operators that a compiler sees through; the personas are values of its graph."""
+        rows, bank = self.rows, self.adds.at(block)
+        assert isinstance(rows, RowSteps) and rows.plain is not None
+        if bank is None:
+            return None
+        hidden = self._stream(output)
+        batch, length, width = hidden.shape
+        slots = repeated(rows.plain, batch, "personas")[:, None].expand(batch, length).reshape(-1)
+        return _with_stream(output, injected(hidden.reshape(-1, width), bank, slots).view(batch, length, width))
+
+    def _eager(self, block: int, args: tuple[Any, ...], output: Any) -> Any:
         rows = self.rows
         if rows is None or (rows.blocks is not None and block not in rows.blocks):
             return None
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        hidden = self._stream(output)
         batch, length, width = hidden.shape
         lanes = self._over(rows, batch, length, hidden.device)
         flat = hidden.reshape(-1, width)
@@ -99,7 +128,7 @@ class SteeredBlocks:
         for lane in lanes:
             if lane.blocks is not None and block not in lane.blocks:
                 continue
-            bank = (self.adds if lane.adds else self.directions).at(block)
+            bank = (self.adds if lane.adds else self.directions).on(block, hidden.device)
             if bank is None:
                 continue
             if not acted and not out_of_place:
@@ -120,8 +149,28 @@ class SteeredBlocks:
                     ops.steer_(flat, bank, lane.slots, mode, params, lane.scale)
         if not acted or flat.data_ptr() == hidden.data_ptr():
             return None
-        changed = flat.view(batch, length, width)
-        return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
+        return _with_stream(output, flat.view(batch, length, width))
+
+    def _stream(self, output: Any) -> torch.Tensor:
+        """The residual stream [B, L, H] in what a block returns, alone or first among other things."""
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3 or hidden.shape[2] != self._hidden:
+            found = list(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise UnsupportedModelError(
+                f"model: a block of {type(self._model).__name__} returns {found}, expected [rows, tokens, "
+                f"{self._hidden}]; vectors cannot be added there"
+            )
+        return hidden
+
+
+# Called by a compiled model, it runs as it does in a model that is not: lanes and positions are worked out in Python.
+_outside = _disable_dynamo(SteeredBlocks._eager)
+_place_outside = _disable_dynamo(SteeredBlocks._place)
+
+
+def _with_stream(output: Any, hidden: torch.Tensor) -> Any:
+    """What a block returned, with another residual stream."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
 def _caller(model: nn.Module, block: nn.Module) -> nn.Module:

@@ -186,6 +186,7 @@ class RowSteps:
     Attributes:
         blocks: where any row has a step.
         shaped: whether positions or schedules take part, so that passes differ.
+        plain: where there are additions at all tokens and nothing else, their slots, int32 [R]; else None.
     """
 
     def __init__(self, rows: Sequence[Steps], prompts: Prompts | None = None) -> None:
@@ -195,6 +196,9 @@ class RowSteps:
         windows = [step.window for steps in rows for step in steps]
         self.shaped = not all(window.everywhere and not window.scaled for window in windows)
         self.counts = any(window.counts for window in windows)
+        only_added = not self.shaped and all(step.lane == 0 for steps in rows for step in steps)
+        slots = [next((step.slot for step in steps), NOBODY) for steps in rows]
+        self.plain = torch.tensor(slots, dtype=torch.int32) if only_added else None
         self._whole: dict[tuple[int, int, torch.device], tuple[Lane, ...]] = {}
         self._tables: dict[tuple[int, torch.device], list[Table]] = {}
 
@@ -286,6 +290,7 @@ class HeldSteps:
 
     blocks = None
     shaped = False
+    plain: torch.Tensor | None = None
 
     def __init__(self, seats: int, device: torch.device) -> None:
         self._seats, self._device = seats, device

@@ -172,7 +172,7 @@ def test_policies_act_on_quantised_linears(net):
     plain = logits(net)
     with pf.attach(net, library) as personas:
         personas.cast.refresh()
-        with personas.cast.patch.rows(RowSlots.of([-1, -1], [-1, -1], [0, -1])):
+        with personas.cast.patch.rows(RowSlots.of([(), ()], [-1, -1], [0, -1])):
             ours = logits(net)
     torch.testing.assert_close(ours[0], hand[0], rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(ours[1], plain[1], rtol=2e-4, atol=2e-4)
