@@ -23,6 +23,7 @@ from personafast.models.banks import AdapterBank
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
+from personafast.models.recomputing import Recomputing
 from personafast.models.rows import DeviceSlots, RowSlots, Spread
 from personafast.models.steering import SteeredBlocks
 from personafast.ops._rms_norm import run_kernel, serves
@@ -75,7 +76,7 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` when no weight is in memory and nothing (accelerate) brings them there for a pass."""
+    """Raise `UnsupportedModelError` when no weight is in memory and nothing (accelerate) brings it there for a pass."""
     away = all(parameter.is_meta for parameter in model.parameters())
     if away and not any(hasattr(part, "_hf_hook") for part in model.modules()):
         raise UnsupportedModelError(
@@ -101,6 +102,7 @@ class Patch:
         self._now: Mapping[str, Spread] = {}
         self._shape = (0, 0)
         self._hooks: list[Any] = []
+        self._recomputing = Recomputing(self, (self.steering.decoder, *parts.blocks))
         self._attention: AttentionPatch | None = None
         # Linear -> the forward it had of its own, if any, and ours.
         self._patched: dict[nn.Module, tuple[Any, Any]] = {}
@@ -111,6 +113,7 @@ class Patch:
         Hooks and forwards are partials of methods, not closures: a deep copy of the model gets a patch of its own.
         """
         check_in_memory(self.model)
+        self._hooks.append(self.steering.decoder.register_forward_pre_hook(self._begin))
         first = self.parts.blocks[0]
         self._hooks.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
         self.steering.install()
@@ -136,6 +139,7 @@ class Patch:
             hook.remove()
         self._hooks.clear()
         self.steering.remove()
+        self._recomputing.remove()
         if self._attention is not None:
             self._attention.remove()
             self._attention = None
@@ -282,6 +286,23 @@ class Patch:
             self._now = before[0]
             self.steering.carry(before[1])
 
+    @property
+    def carried(self) -> tuple[Any, ...]:
+        """What the pass that runs carries at blocks and linears; all of it is false when nobody speaks."""
+        state = self.steering.state
+        return self._now, state if state[0] is not None else None, self._shape if self._now else None
+
+    @contextlib.contextmanager
+    def carrying(self, carried: tuple[Any, ...]) -> Iterator[None]:
+        """Let what is computed inside the `with` carry what a pass carried."""
+        before = self._now, self.steering.state, self._shape
+        now, state, shape = carried
+        self._now, self.steering.state, self._shape = now, state or (None, None, {}), shape or self._shape
+        try:
+            yield
+        finally:
+            self._now, self.steering.state, self._shape = before
+
     def bytes_read(self, slots: RowSlots) -> int:
         """Estimated bytes of weights that a forward pass of these rows reads: the model once, and its adapters."""
         known = slots.of_linears.get("adapters")
@@ -290,6 +311,10 @@ class Patch:
             (bank.a[0].numel() + bank.b[0].numel()) * bank.a.element_size() for bank in self._adapters.values()
         )
         return model_bytes(self.model) + len(adapters) * factors
+
+    def _begin(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._recomputing.begin()
 
     def _note_shape(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")

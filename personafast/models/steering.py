@@ -24,6 +24,7 @@ class SteeredBlocks:
     """The hooks on the blocks of one model, and the banks they read.
 
     Attributes:
+        decoder: the module that calls the blocks.
         adds: what is added, a row for every blend, block by block.
         directions: what the other operations steer along.
         rows: what the rows of the forward passes carry now, or None.
@@ -32,6 +33,7 @@ class SteeredBlocks:
 
     def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
         self._model, self._blocks = model, parts.blocks
+        self.decoder = _caller(model, parts.blocks[0])
         self._hidden = parts.shape.hidden_size
         self.adds = VectorBank(parts, max_personas)
         self.directions = DirectionBank(parts, max_personas)
@@ -48,7 +50,7 @@ class SteeredBlocks:
 
         Hooks are partials of methods, not closures: a deep copy of the model gets a steering of its own.
         """
-        decoder = _caller(self._model, self._blocks[0])
+        decoder = self.decoder
         self._names = tuple(inspect.signature(decoder.forward).parameters)
         self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         for index, block in enumerate(self._blocks):
@@ -64,8 +66,16 @@ class SteeredBlocks:
         """Let the forward passes from now on carry these steps."""
         if rows is not None and rows.plain is not None and self.adds.device not in (None, rows.plain.device):
             rows.plain = rows.plain.to(self.adds.device)
-        self.rows, self._places = rows, None
-        self._lanes.clear()
+        self.state = rows, None, {}
+
+    @property
+    def state(self) -> tuple[RowSteps | HeldSteps | None, Places | None, dict[Any, tuple[Lane, ...]]]:
+        """What the pass that runs carries, and where its tokens stand: to be set again when it is computed again."""
+        return self.rows, self._places, self._lanes
+
+    @state.setter
+    def state(self, state: tuple[RowSteps | HeldSteps | None, Places | None, dict[Any, tuple[Lane, ...]]]) -> None:
+        self.rows, self._places, self._lanes = state
 
     @property
     def made(self) -> tuple[int, int]:
@@ -84,7 +94,7 @@ class SteeredBlocks:
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self.rows
         assert rows is not None
-        self._lanes.clear()
+        self._lanes = {}
         self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
         # Refused here, before a block has put anything into the cache.
         rows.check(self._places)
