@@ -20,6 +20,7 @@ from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
 from personafast.models.attention import AttentionPatch
 from personafast.models.banks import AdapterBank
+from personafast.models.batching import BatchingNote
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
@@ -101,9 +102,11 @@ class Patch:
         self._banks_set = 0
         self._now: Mapping[str, Spread] = {}
         self._shape = (0, 0)
+        self._speakers = 0
         self._hooks: list[Any] = []
         self._recomputing = Recomputing(self, (self.steering.decoder, *parts.blocks))
-        self._attention: AttentionPatch | None = None
+        self.attention: AttentionPatch | None = None
+        self._batching: BatchingNote | None = None
         # Linear -> the forward it had of its own, if any, and ours.
         self._patched: dict[nn.Module, tuple[Any, Any]] = {}
 
@@ -123,7 +126,8 @@ class Patch:
         head = self.parts.head
         if head is not None and _is_stock(head) and head not in self._patched:
             self._replace_forward(head, functools.partial(_plain, head))
-        self._attention = AttentionPatch(self.model)
+        self.attention = AttentionPatch(self.model)
+        self._batching = BatchingNote(self)
         for norm, eps in find_norms(self.model):
             self._replace_forward(norm, functools.partial(_norm, norm, eps))
         for mlp in find_mlps(self.model):
@@ -140,9 +144,12 @@ class Patch:
         self._hooks.clear()
         self.steering.remove()
         self._recomputing.remove()
-        if self._attention is not None:
-            self._attention.remove()
-            self._attention = None
+        if self._batching is not None:
+            self._batching.remove()
+            self._batching = None
+        if self.attention is not None:
+            self.attention.remove()
+            self.attention = None
         for linear, (previous, ours) in self._patched.items():
             if linear.__dict__.get("forward") is not ours:
                 continue  # somebody else has wrapped it since; without personas it is the plain linear inside theirs
@@ -279,12 +286,19 @@ class Patch:
         """Let the rows of every forward pass inside the `with` carry these slots."""
         before = self._now, self.steering.rows
         self._now = slots.of_linears
+        if isinstance(slots, RowSlots):
+            self._speakers = len(slots.masks)
         self.steering.carry(slots.of_blocks)
         try:
             yield
         finally:
             self._now = before[0]
             self.steering.carry(before[1])
+
+    @property
+    def speakers(self) -> int:
+        """How many rows the personas in force were given for; 0 when nobody speaks."""
+        return self._speakers if self._now or self.steering.rows is not None else 0
 
     @property
     def carried(self) -> tuple[Any, ...]:

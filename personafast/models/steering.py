@@ -11,7 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from personafast import ops
-from personafast.errors import UnsupportedModelError
+from personafast.errors import PersonafastError, UnsupportedModelError
 from personafast.models.anatomy import Anatomy
 from personafast.models.banks import DirectionBank, VectorBank
 from personafast.models.places import Generation, Places, repeated
@@ -94,6 +94,11 @@ class SteeredBlocks:
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self.rows
         assert rows is not None
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise PersonafastError(
+                "personas: this pass packs several texts into a row, where positions and schedules have no meaning; "
+                "give a row a text, or steps at all tokens"
+            )
         self._lanes = {}
         self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
         # Refused here, before a block has put anything into the cache.
