@@ -46,7 +46,7 @@ class Recomputing:
     def remove(self) -> None:
         """Take the wrappers away. What was computed before can no longer be computed again as it was."""
         for module in self._modules:
-            checkpoint = module.__dict__.get(_NAME)
+            checkpoint: Any = module.__dict__.get(_NAME)
             if self._is_ours(checkpoint):
                 module.__dict__[_NAME] = checkpoint.args[0]
         self._removed = True
