@@ -195,10 +195,11 @@ def parse_positions(given: str | Sequence[Span]) -> str | tuple[Span, ...]:
         if given in POSITIONS:
             return given
         try:
-            return parse_positions([_span(part) for part in given.split(",")])
+            read = [_span(part) for part in given.split(",")]
         except ValueError:
             known = ", ".join(POSITIONS)
             raise PersonafastError(f"positions: {given!r} is not one of {known}, nor spans like 3:8,-2:0") from None
+        return parse_positions(read)
     try:
         spans = tuple((operator.index(start), None if stop is None else operator.index(stop)) for start, stop in given)
     except (TypeError, ValueError):
@@ -234,6 +235,8 @@ def parse_schedule(given: str | FirstTokens | LinearSchedule) -> str | FirstToke
                 return FirstTokens(int(numbers[0]))
             if name == "linear" and len(numbers) in (1, 3):
                 return LinearSchedule(int(numbers[0]), *map(float, numbers[1:]))
+        except PersonafastError:  # read, and out of range
+            raise
         except ValueError:
             pass
     raise PersonafastError(
