@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from personafast.errors import PersonafastError
+from personafast.vectors.blend import NORMALIZATIONS
 
 OPERATIONS = ("add", "ablate", "clamp", "norm_preserving", "replace")
-NORMALIZE = ("none", "unit", "match")
 POSITIONS = ("all", "prompt", "response", "last")
 _LARGEST = 3.4028234663852886e38  # of float32
 
@@ -57,8 +57,8 @@ def block_indices(given: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def normalize_name(given: str) -> str:
     """A known way to normalise the vectors of a blend."""
-    if given not in NORMALIZE:
-        raise PersonafastError(f"normalize: {given!r} is not one of {', '.join(NORMALIZE)}")
+    if given not in NORMALIZATIONS:
+        raise PersonafastError(f"normalize: {given!r} is not one of {', '.join(NORMALIZATIONS)}")
     return given
 
 
