@@ -72,9 +72,10 @@ class SteeredBlocks:
         return set() if self.rows is None else self.rows.used(adds)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.rows is not None and self.rows.shaped:
+        if isinstance(self.rows, RowSteps) and self.rows.shaped:
             self._lanes.clear()
-            self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
+            own = None if self.generation is self.rows.prompts.outer else self.generation
+            self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, own)
             # Refused here, before a block has put anything into the cache.
             self.rows.check(self._places)
 
