@@ -406,7 +406,7 @@ def test_a_slot_with_nothing_to_do_at_a_block_leaves_its_row_alone(net, library)
     """Rows of one lane act at different blocks, whose bank then holds a row for each of them."""
     ids = torch.randint(3, tiny.VOCAB, (4, 5), generator=torch.Generator().manual_seed(8))
     steps = [
-        pf.Steering(FUTURIST, "ablate", blocks=(2,)),
+        pf.Steering(FUTURIST, "ablate", blocks=(1,)),
         pf.Steering(CREATIVE, "replace", blocks=(0,), strength=0.5),
         pf.Steering(CREATIVE, "clamp", blocks=(1,), target=3.0),
         pf.Steering(FUTURIST, "norm_preserving", blocks=(0, 2)),
