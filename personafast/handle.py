@@ -471,7 +471,8 @@ class PersonaScope:
     ) -> None:
         self.handle = handle
         self._rows = contextlib.ExitStack()
-        self._prompts = Prompts()
+        # Begun inside of a generation, of which a callback makes passes of its own.
+        self._prompts = Prompts(outer=handle.cast.patch.steering.generation)
         self.set(personas, prompt_lengths)
 
     def set(self, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from personafast.errors import PersonafastError
+from personafast.vectors.blend import NORMALIZATIONS
 
 OPERATIONS = ("add", "ablate", "clamp", "norm_preserving", "replace")
-NORMALIZE = ("none", "unit", "match")
 POSITIONS = ("all", "prompt", "response", "last")
 _LARGEST = 3.4028234663852886e38  # of float32
 
@@ -57,8 +57,8 @@ def block_indices(given: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def normalize_name(given: str) -> str:
     """A known way to normalise the vectors of a blend."""
-    if given not in NORMALIZE:
-        raise PersonafastError(f"normalize: {given!r} is not one of {', '.join(NORMALIZE)}")
+    if given not in NORMALIZATIONS:
+        raise PersonafastError(f"normalize: {given!r} is not one of {', '.join(NORMALIZATIONS)}")
     return given
 
 
@@ -195,10 +195,11 @@ def parse_positions(given: str | Sequence[Span]) -> str | tuple[Span, ...]:
         if given in POSITIONS:
             return given
         try:
-            return parse_positions([_span(part) for part in given.split(",")])
+            read = [_span(part) for part in given.split(",")]
         except ValueError:
             known = ", ".join(POSITIONS)
             raise PersonafastError(f"positions: {given!r} is not one of {known}, nor spans like 3:8,-2:0") from None
+        return parse_positions(read)
     try:
         spans = tuple((operator.index(start), None if stop is None else operator.index(stop)) for start, stop in given)
     except (TypeError, ValueError):
@@ -234,6 +235,8 @@ def parse_schedule(given: str | FirstTokens | LinearSchedule) -> str | FirstToke
                 return FirstTokens(int(numbers[0]))
             if name == "linear" and len(numbers) in (1, 3):
                 return LinearSchedule(int(numbers[0]), *map(float, numbers[1:]))
+        except PersonafastError:  # read, and out of range
+            raise
         except ValueError:
             pass
     raise PersonafastError(

@@ -399,3 +399,69 @@ def test_kernels_agree_with_the_reference(net, library, name):
         with ops.use_backend("auto"):
             found = net(ids, personas=[STEERED[name]], prompt_lengths=[4]).logits
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_slot_with_nothing_to_do_at_a_block_leaves_its_row_alone(net, library):
+    """Rows of one lane act at different blocks, whose bank then holds a row for each of them."""
+    ids = torch.randint(3, tiny.VOCAB, (4, 5), generator=torch.Generator().manual_seed(8))
+    steps = [
+        pf.Steering(FUTURIST, "ablate", blocks=(1,)),
+        pf.Steering(CREATIVE, "replace", blocks=(0,), strength=0.5),
+        pf.Steering(CREATIVE, "clamp", blocks=(1,), target=3.0),
+        pf.Steering(FUTURIST, "norm_preserving", blocks=(0, 2)),
+    ]
+    personas = [pf.Persona(steering=[step]) for step in steps]
+    with pf.attach(net, library) as handle:
+        together = net(ids, personas=personas).logits
+        assert len(handle.cast.patch.steering.directions.acts(0)) == 1
+    for row, persona in enumerate(personas):
+        alone = by_hand.logits(net, anatomy(net).blocks, library, persona, ids[row].tolist(), 5)
+        torch.testing.assert_close(together[row], alone, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_a_stopping_criterion_may_change_the_personas_of_its_own_generation(net, library):
+    """What a server does between two tokens: the prompt's end is still known to the new persona."""
+    batch = row_of(chats(), 2)
+    first, second = (
+        STEERED["response"],
+        pf.Persona(steering=[pf.Steering(FUTURIST, strength=4.0, positions="response")]),
+    )
+    options = {**batch, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    start = batch["input_ids"].shape[1]
+    with pf.attach(net, library) as handle, handle.using([first]) as scope:
+
+        def swap(ids, _, **__):
+            if ids.shape[1] == start + 3:
+                scope.set([second])
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        found = net.generate(**options, stopping_criteria=[swap])[0].tolist()
+    cache, expected, ids = None, [], batch["input_ids"]
+    for turn in range(8):
+        persona = first if turn < 3 else second
+        with by_hand.steering(net, anatomy(net).blocks, library, persona, start, 0 if turn == 0 else start + turn - 1):
+            out = net(ids, past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        expected.append(int(ids))
+    assert found[start:] == expected
+
+
+@torch.no_grad()
+def test_passes_that_a_callback_makes_have_prompts_of_their_own(net, library):
+    batch, other = row_of(chats(), 2), row_of(chats(), 0)["input_ids"]
+    assert batch["input_ids"].shape[1] > other.shape[1]
+    seen = []
+    with pf.attach(net, library) as handle:
+        expected = net(other, personas=[STEERED["last"]]).logits
+
+        def look(ids, _, **__):
+            seen.append(net(other, personas=[STEERED["last"]]).logits)
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        with handle.using([STEERED["response"]]):
+            undisturbed = net.generate(**batch, max_new_tokens=4, do_sample=False)
+            found = net.generate(**batch, max_new_tokens=4, do_sample=False, stopping_criteria=[look])
+    assert torch.equal(found, undisturbed) and len(seen) == 4
+    assert all(torch.equal(logits, expected) for logits in seen)

@@ -27,9 +27,11 @@ class Prompts:
 
     Args:
         lengths: tokens of every row's prompt, without padding; None if the caller does not say.
+        outer: a call of `generate` that was running before, whose prompts these are not.
     """
 
-    def __init__(self, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, lengths: Sequence[int] | None = None, outer: Generation | None = None) -> None:
+        self.outer = outer
         self.told = None if lengths is None else torch.tensor(list(lengths), dtype=torch.long)
         self._seen: torch.Tensor | None = None
 

@@ -87,20 +87,21 @@ class SteeredBlocks:
         return set() if self.rows is None else self.rows.used(adds)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.rows is not None and self.rows.shaped:
+        if isinstance(self.rows, RowSteps) and self.rows.shaped:
             place = _place_outside if torch.compiler.is_compiling() else SteeredBlocks._place
             place(self, args, kwargs)
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = self.rows
-        assert rows is not None
+        assert isinstance(rows, RowSteps)
         if kwargs.get("cu_seq_lens_q") is not None:
             raise PersonafastError(
                 "personas: this pass packs several texts into a row, where positions and schedules have no meaning; "
                 "give a row a text, or steps at all tokens"
             )
         self._lanes = {}
-        self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, self.generation)
+        own = None if self.generation is rows.prompts.outer else self.generation
+        self._places = Places({**dict(zip(self._names, args, strict=False)), **kwargs}, own)
         # Refused here, before a block has put anything into the cache.
         rows.check(self._places)
 

@@ -328,9 +328,6 @@ class HeldSteps:
         self._index = index
         self._spread.clear()
 
-    def check(self, places: Places) -> None:
-        """As `RowSteps.check`: they know."""
-
     def over(self, batch: int, length: int, device: torch.device, places: Places | None) -> tuple[Lane, ...]:
         """As `RowSteps.over`."""
         if batch != self._seats:
