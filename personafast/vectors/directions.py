@@ -20,8 +20,8 @@ def direction(method: str, positive: torch.Tensor, negative: torch.Tensor) -> to
     """The direction of one block, of any length but oriented from the negative side to the positive one.
 
     - `mean_diff`: mean of X minus mean of Y (arXiv 2510.10157).
-    - `pca_diff`: the first principal component of the rows of D, centred by their mean, as repeng has it: the axis along
-      which the pairs' differences vary most, not what they share.
+    - `pca_diff`: the first principal component of the rows of D, centred by their mean, as repeng has it: the axis
+      along which the pairs' differences vary most, not what they share.
     - `pca_center`: the first principal component after each pair is centred by its midpoint, which leaves +-D/2: the
       top eigenvector of D^T D, an axis that the differences share.
     - `logistic`: the weights of an L2-regularised logistic probe, see `logistic_probe`.

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from personafast.vectors.reliability import reliability
 from personafast.vectors.responses import Sampling
 from personafast.vectors.sides import SIDES, Sides, contrast_sides, pair_sides, response_sides, trait_sides
 from personafast.vectors.sources import Contrast, Responses, TextPairs
-from personafast.vectors.state import digest, model_settings, open_state
+from personafast.vectors.state import digest, model_settings, open_state, trait_folder
 from personafast.vectors.traits import TraitPrompts
 from personafast.vectors.vector import PersonaVector
 
@@ -129,7 +128,7 @@ def extract_vectors(
     run = _Run(model, tokenizer, positions, batch_size, sampling or Sampling(), pairs, statistics, on_progress)
     found = {}
     for name, source in known.items():
-        folder = None if state is None else Path(state) / f"trait-{quote(name, safe='')}"
+        folder = None if state is None else trait_folder(Path(state), name)
         sides = run.sides(name, source, folder)
         counts = [len(sides.positive), len(sides.negative)]
         if method in PAIRED and counts[0] != counts[1]:

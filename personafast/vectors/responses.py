@@ -95,6 +95,8 @@ def respond(
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
+    if not prompts:
+        return
     if not hasattr(model, "generate"):
         raise UnsupportedModelError(f"model: {type(model).__name__} cannot generate; give collected responses instead")
     net = cast(Any, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,16 @@ class Sides:
 
 def contrast_sides(tokenizer: Any, source: Contrast) -> Sides:
     """Chats, through the chat template."""
-    return Sides(
-        *([TokenizedText.from_chat(tokenizer, chat) for chat in chats] for chats in (source.positive, source.negative)),
-        {"source": "chats"},
-    )
+    positive = [TokenizedText.from_chat(tokenizer, chat) for chat in source.positive]
+    negative = [TokenizedText.from_chat(tokenizer, chat) for chat in source.negative]
+    return Sides(positive, negative, {"source": "chats"})
 
 
 def pair_sides(tokenizer: Any, source: TextPairs) -> Sides:
     """Plain texts, as they are."""
-    return Sides(
-        *([TokenizedText.from_text(tokenizer, text) for text in texts] for texts in (source.positive, source.negative)),
-        {"source": _name(source.source)},
-    )
+    positive = [TokenizedText.from_text(tokenizer, text) for text in source.positive]
+    negative = [TokenizedText.from_text(tokenizer, text) for text in source.negative]
+    return Sides(positive, negative, {"source": _name(source.source)})
 
 
 def response_sides(
@@ -56,23 +54,21 @@ def response_sides(
     """Collected responses that pass the filter."""
     rows = list(zip(source.positive, source.negative, strict=True))
     lines = Lines(None if folder is None else folder / "scores.jsonl")
-    for place in range(len(lines.records), len(rows)):
-        scores = [pairs.scores(row.question, row.answer, name, (row.score, row.coherence)) for row in rows[place]]
-        if pairs.judge is not None or pairs.coherence is not None:
-            lines.append([{"scores": scores}])
-        else:
-            lines.records.append({"scores": scores})
+    on_batch(len(lines.records))
+    for pair in rows[len(lines.records) :]:
+        scores = [pairs.scores(row.question, row.answer, name, (row.score, row.coherence)) for row in pair]
+        lines.append([{"scores": scores}])
         on_batch(1)
-    kept = [place for place, record in enumerate(lines.records) if pairs.keeps(*map(tuple, record["scores"]))]
+    kept = [pair for pair, record in zip(rows, lines.records, strict=True) if pairs.keeps(*record["scores"])]
     if not kept:
         raise PersonafastError(
             f"{source.source}: none of {len(rows)} pairs passes the filter; lower the threshold or collect others"
         )
-    texts = [
-        [_text(tokenizer, rows[place][side].prompt, rows[place][side].answer) for place in kept] for side in (0, 1)
-    ]
+    positive = [_text(tokenizer, row.prompt, row.answer) for row, _ in kept]
+    negative = [_text(tokenizer, row.prompt, row.answer) for _, row in kept]
     counts = {"pairs": len(rows), "kept": len(kept), "filtered": len(rows) - len(kept)}
-    return Sides(*texts, {"source": _name(source.source), "filter": {**pairs.settings(), **counts}})
+    metadata = {"source": _name(source.source), "filter": {**pairs.settings(), **counts}}
+    return Sides(positive, negative, metadata)
 
 
 def _text(tokenizer: Any, prompt: str, answer: str) -> TokenizedText:
@@ -97,57 +93,46 @@ def trait_sides(
     dropped with their counterpart, and counted.
     """
     chats = source.chats(sampling.per_question)
-    prompts = [[_opening_ids(tokenizer, source, chat) for chat in (pair[side] for pair in chats)] for side in (0, 1)]
+    prompts = [[_opening_ids(tokenizer, source, pair[side]) for pair in chats] for side in (0, 1)]
     if prompts[0] == prompts[1]:
         raise PersonafastError(
             f"{source.source}: both sides give the same prompts; the chat template leaves system messages out, or pos "
             "and neg are equal"
         )
     lines = Lines(None if folder is None else folder / "responses.jsonl")
+    on_batch(len(lines.records))
     for index, side in enumerate(SIDES):
         done = {record["place"] for record in lines.records if record["side"] == side}
-        on_batch(len(done))
         todo = [place for place in range(len(chats)) if place not in done]
         seeds = [response_seed(sampling.seed, name, side, place) for place in todo]
-        if not todo:
-            continue
         drawn = respond(model, tokenizer, [prompts[index][place] for place in todo], seeds, sampling, batch_size)
-        for places, answers in drawn:
+        for batch, answers in drawn:
             records = []
-            for place, ids in zip((todo[i] for i in places), answers, strict=True):
-                question = chats[place][index][-1]["content"]
+            for place, ids in zip((todo[i] for i in batch), answers, strict=True):
                 scores: Scores = (None, None)
                 if ids:
+                    question = chats[place][index][-1]["content"]
                     scores = pairs.scores(question, tokenizer.decode(ids, skip_special_tokens=True), name)
                 records.append({"side": side, "place": place, "ids": ids, "scores": scores})
             lines.append(records)
             on_batch(len(records))
     found = {(record["side"], record["place"]): record for record in lines.records}
-    both = [[found[side, place] for side in SIDES] for place in range(len(chats))]
-    spoken = [place for place, pair in enumerate(both) if all(record["ids"] for record in pair)]
-    kept = [place for place in spoken if pairs.keeps(*(tuple(record["scores"]) for record in both[place]))]
+    answered = [[found[side, place] for side in SIDES] for place in range(len(chats))]
+    spoken = [pair for pair in answered if all(record["ids"] for record in pair)]
+    kept = [pair for pair in spoken if pairs.keeps(*(record["scores"] for record in pair))]
     if not kept:
-        why = f"{len(chats) - len(spoken)} have an empty response, {len(spoken)} do not pass the filter"
-        raise PersonafastError(f"{source.source}: none of {len(chats)} pairs of responses is left: {why}")
-    texts = [
-        [
-            TokenizedText(prompts[side][place] + both[place][side]["ids"], len(both[place][side]["ids"]))
-            for place in kept
-        ]
+        raise PersonafastError(
+            f"{source.source}: no pair of {len(chats)} is left, {len(chats) - len(spoken)} had an empty response and "
+            f"{len(spoken)} did not pass the filter; lower the threshold or draw more"
+        )
+    positive, negative = (
+        [TokenizedText(prompts[side][pair[side]["place"]] + pair[side]["ids"], len(pair[side]["ids"])) for pair in kept]
         for side in (0, 1)
-    ]
-    counts = {
-        "pairs": len(chats),
-        "kept": len(kept),
-        "empty": len(chats) - len(spoken),
-        "filtered": len(spoken) - len(kept),
-    }
-    drawn_with = {"per_question": sampling.per_question, "max_new_tokens": sampling.max_new_tokens}
-    drawn_with |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-    return Sides(
-        *texts,
-        {"source": _name(source.source), "sampling": drawn_with, "filter": {**pairs.settings(), **counts}},
     )
+    counts = {"pairs": len(chats), "kept": len(kept), "empty": len(chats) - len(spoken)}
+    counts["filtered"] = len(spoken) - len(kept)
+    metadata = {"source": _name(source.source), "sampling": asdict(sampling)}
+    return Sides(positive, negative, {**metadata, "filter": {**pairs.settings(), **counts}})
 
 
 def _opening_ids(tokenizer: Any, source: TraitPrompts, chat: list[dict[str, str]]) -> list[int]:

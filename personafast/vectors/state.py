@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import nn
@@ -15,6 +16,11 @@ from torch import nn
 from personafast._io import read_json, write_json, write_text
 from personafast.errors import FormatError
 from personafast.models.anatomy import anatomy
+
+
+def trait_folder(state: Path, trait: str) -> Path:
+    """The part of a state folder that belongs to one trait, whatever characters its name has."""
+    return state / f"trait-{quote(trait, safe='')}"
 
 
 def open_state(folder: Path, settings: Mapping[str, Any]) -> Path:

@@ -4,4 +4,9 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(help="Make, convert, join and look at persona vectors.", no_args_is_help=True)
+from personafast.cli.vectors import extract
+
+app = typer.Typer(
+    help="Make, convert, join and look at persona vectors.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+app.command("extract", epilog=extract.EXAMPLE)(extract.extract)
