@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from personafast.models.anatomy import anatomy
 from personafast.models.reading import POSITIONS, TokenizedText
 from personafast.vectors.directions import METHODS, PAIRED, SCALES, direction, scaled
 from personafast.vectors.judging import Judge, PairFilter
-from personafast.vectors.means import TextMeans, read_means
+from personafast.vectors.means import TextMeans, find_spans, read_means
 from personafast.vectors.reliability import reliability
 from personafast.vectors.responses import Sampling
 from personafast.vectors.sides import SIDES, Sides, contrast_sides, pair_sides, response_sides, trait_sides
@@ -210,6 +211,7 @@ class _Run:
     def means(self, name: str, sides: Sides, folder: Path | None) -> list[TextMeans]:
         """Read what is not read yet."""
         both = (sides.positive, sides.negative)
+        self._check(name, both)
         if folder is not None:
             texts = digest([[[list(map(int, text.ids)), text.response] for text in side] for side in both])
             settings = {
@@ -242,10 +244,6 @@ class _Run:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """float64 [num_blocks, hidden], and the reliability figures."""
         gap = means[0].mean() - means[1].mean()
-        if not gap.any():
-            raise PersonafastError(
-                f"traits[{name!r}]: both sides are the same at {self.positions}; take other positions or other texts"
-            )
         rows, cosines, effects = [], [], []
         advance = self._bar(f"{name}: directions", len(gap))
         for block in range(len(gap)):
@@ -267,6 +265,17 @@ class _Run:
         known = [(effect, block) for block, effect in enumerate(effects) if effect is not None]
         best = max(known)[1] if known else None
         return torch.stack(rows), {"split_half_cosine": cosines, "separation": effects, "best_block": best}
+
+    def _check(self, name: str, both: Sequence[Sequence[TokenizedText]]) -> None:
+        seen: list[Counter[tuple[int, ...]]] = []
+        for side, texts in zip(SIDES, both, strict=True):
+            spans = find_spans(texts, self.positions, f"traits[{name!r}]: {side} texts")
+            seen.append(Counter((start, *text.ids[:stop]) for text, (start, stop) in zip(texts, spans, strict=True)))
+        # Under a causal mask no later token reaches these, so the difference would be rounding errors.
+        if seen[0] == seen[1]:
+            raise PersonafastError(
+                f"traits[{name!r}]: both sides are the same at {self.positions}; take other positions or other texts"
+            )
 
     def _open(self, folder: Path | None, part: str, settings: Mapping[str, Any]) -> Path | None:
         return None if folder is None else open_state(folder / part, settings)

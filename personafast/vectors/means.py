@@ -117,14 +117,7 @@ def read_means(
         PersonafastError: no texts, one without tokens at those positions, or activations that are not finite.
         UnsupportedModelError: the model's blocks were not found.
     """
-    if not texts:
-        raise PersonafastError(f"{label}: empty; give at least one text on each side of the contrast")
-    spans = []
-    for index, text in enumerate(texts):
-        try:
-            spans.append(text.span(positions))
-        except PersonafastError as error:
-            raise PersonafastError(f"{label}, text {index}: {error}") from None
+    spans = find_spans(texts, positions, label)
     parts = anatomy(model)
     device = next(model.parameters()).device
     chosen: list[int] = []
@@ -156,6 +149,23 @@ def read_means(
                     on_batch(len(chosen))
     finally:
         model.train(training)
+
+
+def find_spans(texts: Sequence[TokenizedText], positions: str, label: str) -> list[tuple[int, int]]:
+    """Every text's `span`; errors name the text by `label` and place.
+
+    Raises:
+        PersonafastError: no texts, or one without tokens at those positions.
+    """
+    if not texts:
+        raise PersonafastError(f"{label}: empty; give at least one text on each side of the contrast")
+    spans = []
+    for index, text in enumerate(texts):
+        try:
+            spans.append(text.span(positions))
+        except PersonafastError as error:
+            raise PersonafastError(f"{label}, text {index}: {error}") from None
+    return spans
 
 
 def _check_finite(means: torch.Tensor, rows: list[int], label: str) -> None:
