@@ -8,8 +8,8 @@ their own, in which both work:
     pip install -e . scikit-learn gguf "numpy<2"
     pip install --no-deps repeng steering-vectors
 
-What each package reads is what we read with `positions="response_last"` on plain pairs: the last token of every text. repeng's
-last layer is left out: it reads that one behind the final norm, where nothing is ever injected.
+What each package reads is what we read with `positions="response_last"` on plain pairs: the last token of every text.
+repeng's last layer is left out: it reads that one behind the final norm, where nothing is ever injected.
 """
 
 from __future__ import annotations
