@@ -201,6 +201,7 @@ class _Run:
             )
         settings |= {**self.model_settings, **asdict(self.sampling)}
         settings |= {"instructions": digest(source.instructions), "questions": digest(source.questions)}
+        settings["chat template"] = digest(getattr(self.tokenizer, "chat_template", None))
         total = 2 * self.sampling.per_question * len(source.instructions) * len(source.questions)
         advance = self._bar(f"{name}: responses", total)
         place = self._open(folder, "responses", settings)

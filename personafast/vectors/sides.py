@@ -113,7 +113,8 @@ def trait_sides(
                 if ids:
                     question = chats[place][index][-1]["content"]
                     scores = pairs.scores(question, tokenizer.decode(ids, skip_special_tokens=True), name)
-                records.append({"side": side, "place": place, "ids": ids, "scores": scores})
+                prompt = prompts[index][place]
+                records.append({"side": side, "place": place, "prompt": prompt, "ids": ids, "scores": scores})
             lines.append(records)
             on_batch(len(records))
     found = {(record["side"], record["place"]): record for record in lines.records}
@@ -125,8 +126,9 @@ def trait_sides(
             f"{source.source}: no pair of {len(chats)} is left, {len(chats) - len(spoken)} had an empty response and "
             f"{len(spoken)} did not pass the filter; lower the threshold or draw more"
         )
+    # With the prompt as it was answered: a template may write today's date into it.
     positive, negative = (
-        [TokenizedText(prompts[side][pair[side]["place"]] + pair[side]["ids"], len(pair[side]["ids"])) for pair in kept]
+        [TokenizedText(pair[side]["prompt"] + pair[side]["ids"], len(pair[side]["ids"])) for pair in kept]
         for side in (0, 1)
     )
     counts = {"pairs": len(chats), "kept": len(kept), "empty": len(chats) - len(spoken)}

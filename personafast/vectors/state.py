@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -51,16 +52,20 @@ def digest(value: Any) -> str:
 
 
 def model_settings(model: nn.Module) -> dict[str, str]:
-    """What tells one model from another: its shape, its dtype, and a hash over a few values of every parameter."""
+    """What tells one model from another: its shape, its dtype, and a hash over a few values of every parameter.
+
+    Of a parameter whose values cannot be had (offloaded, or packed by a quantiser) only name and shape count.
+    """
     shape = anatomy(model).shape
     parameters = dict(model.named_parameters())
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     hashed = hashlib.sha256()
     for name in sorted(parameters):
-        flat = parameters[name].detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)][:64].cpu()
-        hashed.update(name.encode())
-        hashed.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+        hashed.update(f"{name} {list(parameters[name].shape)}".encode())
+        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
+            flat = parameters[name].detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+            hashed.update(some.view(torch.uint8).numpy().tobytes())
     return {
         "model": f"{shape.model_type} {shape.num_blocks} x {shape.hidden_size} {dtype}",
         "weights": hashed.hexdigest()[:16],

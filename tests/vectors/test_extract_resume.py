@@ -113,6 +113,18 @@ def test_other_settings_are_refused_by_name(tmp_path, change, named):
         extract_vectors(tokenizer=tok, **{**options, **change})
 
 
+def test_another_chat_template_is_refused_and_todays_date_is_not(tmp_path):
+    net, tok = tiny.model(), tiny.tokenizer()
+    plain = tok.chat_template
+    tok.chat_template = plain + "{{ 'w%d' % (25 + strftime_now('%f')|int % 30) }}"  # a word that changes every time
+    options = {"sampling": SAMPLING, "state": tmp_path}
+    found = extract_vectors(net, tok, {"sea": TRAIT}, **options)["sea"]
+    assert torch.equal(extract_vectors(net, tok, {"sea": TRAIT}, **options)["sea"].directions, found.directions)
+    tok.chat_template = plain
+    with pytest.raises(pf.PersonafastError, match="begun with another chat template;"):
+        extract_vectors(net, tok, {"sea": TRAIT}, **options)
+
+
 def test_other_texts_are_refused(tmp_path):
     net, tok = tiny.model(), tiny.tokenizer()
     extract_vectors(net, tok, {"calm": PAIRS}, state=tmp_path)
