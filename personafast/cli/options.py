@@ -42,36 +42,36 @@ def finite(option: str, value: float, *, low: float, high: float = math.inf) -> 
     return value
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, option: str = "--prompts-file", key: str = "prompt") -> list[str]:
     """Read prompts: one a line, or from a `.jsonl` file the "prompt" of every object. Blank lines are skipped.
+
+    `option` names the file's option in messages; with another `key`, other texts than prompts are read.
 
     Raises:
         FormatError: the file is missing, not UTF-8 text, holds a line without a prompt, or no prompt at all.
     """
     if not path.is_file():
-        raise FormatError(
-            f"{path}: no such file; --prompts-file takes a text file with one prompt a line, or a .jsonl file"
-        )
+        raise FormatError(f"{path}: no such file; {option} takes a text file with one {key} a line, or a .jsonl file")
     try:
         # A byte order mark is no part of the first prompt, and U+2028 and its like inside a prompt end no line.
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise FormatError(f"{path}: not UTF-8 text; --prompts-file takes one prompt a line, or a .jsonl file") from None
+        raise FormatError(f"{path}: not UTF-8 text; {option} takes one {key} a line, or a .jsonl file") from None
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
-        prompts = [_prompt_of(path, number, line) for number, line in numbered]
+        prompts = [_text_of(path, key, number, line) for number, line in numbered]
     else:
         prompts = [line for _, line in numbered]
     if not prompts:
-        raise FormatError(f"{path}: holds no prompt; write one a line")
+        raise FormatError(f"{path}: holds no {key}; write one a line")
     return prompts
 
 
-def _prompt_of(path: Path, number: int, line: str) -> str:
+def _text_of(path: Path, key: str, number: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
+        text = json.loads(line)[key]
     except (json.JSONDecodeError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise FormatError(f'{path}: line {number} is no object with a "prompt" text; write {{"prompt": "..."}}')
-    return prompt
+        text = None
+    if not isinstance(text, str) or not text.strip():
+        raise FormatError(f'{path}: line {number} is no object with a "{key}" text; write {{"{key}": "..."}}')
+    return text
