@@ -4,9 +4,9 @@
 //
 // Here it is one launch, of clusters of 8 blocks. A cluster belongs to one adapter of a tile of 8 rows. Each of its
 // blocks takes an eighth of the features, and sends what they add to A x into the shared memory of all 8; then it takes
-// a share of the outputs, for which B and `out` are there already. So A is read once a cluster and not once a block,
-// which would be a microsecond or two from L2 for rank 16 alone; what a second launch would wait for is a barrier of
-// the cluster.
+// a share of the outputs, for which B, `out` and the scale are there already. So A is read once a cluster and not once
+// a block, which at 64 bytes a clock would be a microsecond for rank 16 alone; and what stands in place of the second
+// launch is the way from one multiprocessor to another. A mailbox counts what has come, so that nobody fences.
 //
 // The host knows neither the adapters in use nor how many there are. Every warp finds them in the slots, eight numbers,
 // and the clusters of a tile share them out: cluster n takes adapter n modulo their number, and of its outputs the part
@@ -474,8 +474,7 @@ struct Expansion {
   }
 
   // The whole share, from the first numbers of `out` on.
-  __device__ __forceinline__ void run(Old<D> next) const {
-    const float scale = a.scale[task.adapter];
+  __device__ __forceinline__ void run(Old<D> next, float scale) const {
     int stage = 0;
 #pragma unroll 1
     for (int tile = share.tile; tile < share.tiles; tile += share.step) {
@@ -540,7 +539,9 @@ __global__ void __launch_bounds__(kThreads, 2) lora_delta_kernel(const __grid_co
   const Share share = share_of(l, task, tiles);
   const Expansion<D, S, Wide> expansion = {a, task, share, sums, shared + warp * S::kStages * S::kStageBytes};
   Old<D> old = {};
+  float scale = 0.0f;
   if (l.part != Part::shrink) {
+    scale = a.scale[task.adapter];
     if constexpr (Wide) {
 #pragma unroll 1
       for (int stage = 0; stage < S::kStages; ++stage) {
@@ -561,7 +562,7 @@ __global__ void __launch_bounds__(kThreads, 2) lora_delta_kernel(const __grid_co
     sums[k * S::kRow + rank] = rank < task.rank ? delivery.total(k, rank) : 0.0f;
   }
   __syncthreads();
-  expansion.run(old);
+  expansion.run(old, scale);
   if constexpr (Wide) copies_wait<0>();
 }
 

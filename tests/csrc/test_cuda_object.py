@@ -137,3 +137,11 @@ def test_lora_delta_sends_its_sums_without_a_fence(kernel):
     assert count(code, r"^(@\S+ )?STAS") == 8  # one to every block of the cluster
     assert count(code, "UCGABAR_ARV") == count(code, "UCGABAR_WAIT") == 1
     assert count(code, "MEMBAR") == 0
+
+
+@pytest.mark.parametrize("kernel", [name for name, _ in LORA_DELTA])
+def test_lora_delta_fetches_but_out_and_b_after_its_sums_are_on_their_way(kernel):
+    """What is small, like the scale, would be waited for as long as what is large."""
+    (code,) = named(kernel).values()
+    last = max(i for i, line in enumerate(code) if "HMMA" in line)
+    assert count(code[last:], r"LDG\.E(?!\.U16)") == 0
