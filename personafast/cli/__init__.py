@@ -1,4 +1,4 @@
-"""The command line: `personafast demo`, `generate`, `doctor`, `zoo build` and `zoo info`.
+"""The command line: `personafast demo`, `generate`, `doctor`, `vectors`, `masks` and `zoo`.
 
 Results go to stdout, progress and notes to stderr. An error a caller can mend is one line on stderr and exit code 2.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from personafast._version import __version__
-from personafast.cli import demo, doctor, evaluate, generate, vectors, zoo
+from personafast.cli import demo, doctor, evaluate, generate, masks, vectors, zoo
 from personafast.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(vectors.app, name="vectors")
+app.add_typer(masks.app, name="masks")
 app.add_typer(zoo.app, name="zoo")
 
 

@@ -1,6 +1,23 @@
-"""Persona subnetworks (arXiv 2602.07164): calibrate, build, store masks."""
+"""Persona subnetworks (arXiv 2602.07164): calibrate, build, compare, store masks."""
 
-from personafast.masks.build import build_mask, calibrate
+from personafast.masks.build import build_mask, build_opposing_masks, mix_masks
+from personafast.masks.calibration import calibrate
 from personafast.masks.mask import PersonaMask
+from personafast.masks.report import ModuleDifference, ModuleShare, differences, shares
+from personafast.masks.sources import CalibrationText, read_texts
+from personafast.masks.statistics import CalibrationStatistics
 
-__all__ = ["PersonaMask", "build_mask", "calibrate"]
+__all__ = [
+    "CalibrationStatistics",
+    "CalibrationText",
+    "ModuleDifference",
+    "ModuleShare",
+    "PersonaMask",
+    "build_mask",
+    "build_opposing_masks",
+    "calibrate",
+    "differences",
+    "mix_masks",
+    "read_texts",
+    "shares",
+]

@@ -114,7 +114,7 @@ class DeviceSlots:
     @property
     def kinds(self) -> tuple[object, ...]:
         """What rows use, not with which values: a recording holds for these."""
-        return (*self._used, self._steps.kind)
+        return (*self._used, self._steps.kind) if self._steps.kind else self._used
 
     @property
     def of_linears(self) -> dict[str, _Held]:

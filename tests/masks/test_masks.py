@@ -3,7 +3,7 @@ import torch
 from helpers import tiny
 
 import personafast as pf
-from personafast.masks import PersonaMask, build_mask, calibrate
+from personafast.masks import PersonaMask, build_mask, calibrate, differences, shares
 from personafast.models.anatomy import anatomy
 from personafast.models.reading import TokenizedText
 
@@ -72,3 +72,53 @@ def test_bad_input_is_named():
         calibrate(net, [])
     with pytest.raises(pf.PersonafastError, match=r"int32 \[out, 2\]"):
         PersonaMask({"x": torch.zeros(4, 3, dtype=torch.int32)}, {"x": 40})
+
+
+def pair():
+    a, b = (torch.rand(4, 40, generator=torch.Generator().manual_seed(seed)) > 0.5 for seed in (0, 1))
+    return a, b, *(PersonaMask({"x.3.attn.q": pf.ops.pack_mask(m)}, {"x.3.attn.q": 40}) for m in (a, b))
+
+
+def test_set_operations_and_their_reports():
+    a, b, one, two = pair()
+    path = "x.3.attn.q"
+    assert torch.equal(one.intersection(two).dense(path), a & b)
+    assert torch.equal(one.difference(two).dense(path), a & ~b)
+    assert torch.equal(one.union(two, one.difference(two)).dense(path), a | b)
+    assert one.overlap(two) == int((a & b).sum()) / int((a | b).sum()) and one.overlap(one) == 1.0
+    assert one.kept == int(a.sum()) / 160 and one.difference(one).kept == 0
+    assert one.difference(one).overlap(two.difference(two)) == 1.0
+    (row,) = differences(one, two)
+    assert (row.path, row.block, row.name, row.kind) == (path, 3, "attn.q", "attention")
+    assert (row.weights, row.first, row.second, row.both) == (160, int(a.sum()), int(b.sum()), int((a & b).sum()))
+    assert row.share == int((a ^ b).sum()) / 160 and row.jaccard == one.overlap(two)
+    (own,) = shares(one)
+    assert (own.weights, own.kept, own.share, own.nbytes) == (160, int(a.sum()), one.kept, 4 * 2 * 4)
+    for join in (one.intersection, one.difference, one.overlap):
+        with pytest.raises(pf.PersonafastError, match="same linears"):
+            join(PersonaMask({path: one.words[path]}, {path: 41}))
+
+
+def test_bits_beyond_the_width_do_not_count():
+    a, _, one, _ = pair()
+    path = "x.3.attn.q"
+    noisy = one.words[path].clone()
+    noisy[:, -1] |= -256  # bits 8 to 31 lie beyond 40 inputs
+    assert PersonaMask({path: noisy}, {path: 40}).kept_of(path) == int(a.sum())
+
+
+def test_a_soft_gate_is_stored_with_the_mask(tmp_path):
+    net = tiny.model()
+    library = pf.PersonaLibrary(anatomy(net).shape)
+    soft = build_mask(net, calibrate(net, TEXTS), sparsity=0.3, gamma=0.2)
+    library.add_mask("soft", soft)
+    library.save_pretrained(tmp_path / "library")
+    again = pf.PersonaLibrary.from_pretrained(tmp_path / "library").masks["soft"]
+    path = "model.layers.0.mlp.up_proj"
+    mask = soft.dense(path).float()
+    assert again.gamma == 0.2
+    torch.testing.assert_close(again.gate(path), mask + 0.2 * (1 - mask))
+    assert soft.with_metadata(gamma=0).gamma == 0 and soft.gamma == 0.2
+    for gamma in (1.5, -0.1, float("nan"), "much", True):
+        with pytest.raises(pf.PersonafastError, match="gamma"):
+            soft.with_metadata(gamma=gamma)

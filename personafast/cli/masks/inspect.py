@@ -1,0 +1,89 @@
+"""`personafast masks inspect`: what the masks of a library keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from personafast.cli.masks.common import mask_of
+
+if TYPE_CHECKING:
+    from personafast.masks import PersonaMask
+
+EXAMPLE = "**How much of each module does a mask keep?**\n\n`personafast masks inspect --library my-masks seek`"
+
+
+def inspect(
+    library: Annotated[Path, typer.Option(help="Library folder.")],
+    name: Annotated[str | None, typer.Argument(help="A mask; without one, every mask gets a line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what share of each module's weights a mask keeps, and its bytes."""
+    from personafast.library import PersonaLibrary
+
+    found = PersonaLibrary.from_pretrained(library)
+    masks = {name: mask_of(found, name, library)} if name is not None else dict(sorted(found.masks.items()))
+    facts = {key: _facts(mask, name is not None) for key, mask in masks.items()}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif name is not None:
+        _print_one(name, facts[name])
+    else:
+        _print_all(facts, library)
+
+
+def _facts(mask: PersonaMask, modules: bool) -> dict[str, Any]:
+    from personafast.masks import shares
+
+    rows = shares(mask)
+    facts: dict[str, Any] = {
+        "kept": mask.kept,
+        "linears": len(rows),
+        "weights": sum(row.weights for row in rows),
+        "bytes": sum(row.nbytes for row in rows),
+        "gamma": mask.gamma,
+        "made": dict(mask.metadata),
+    }
+    if modules:
+        facts["modules"] = [
+            {"path": row.path, "block": row.block, "module": row.name, "kept": row.share, "weights": row.weights,
+             "bytes": row.nbytes}
+            for row in rows
+        ]  # fmt: skip
+    return facts
+
+
+def _print_one(name: str, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from personafast.cli.facts import fact_table
+
+    console = Console()
+    table = Table(title=f"What {name} keeps", title_justify="left")
+    for heading in ("module", "kept, %", "weights", "bytes"):
+        table.add_column(heading, justify="left" if heading == "module" else "right", overflow="fold")
+    for row in facts["modules"]:
+        table.add_row(row["path"], f"{100 * row['kept']:.2f}", f"{row['weights']:,}", f"{row['bytes']:,}")
+    table.add_section()
+    table.add_row("all", f"{100 * facts['kept']:.2f}", f"{facts['weights']:,}", f"{facts['bytes']:,}")
+    console.print(table)
+    console.print(fact_table("How it was made", facts["made"]))
+
+
+def _print_all(facts: dict[str, Any], library: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from personafast.cli.facts import plain
+
+    table = Table(title=f"Masks of {library}", title_justify="left")
+    for heading in ("mask", "kept, %", "linears", "bytes", "made by"):
+        table.add_column(heading, justify="left" if heading in ("mask", "made by") else "right")
+    for name, row in facts.items():
+        kept = f"{100 * row['kept']:.2f}"
+        table.add_row(name, kept, str(row["linears"]), f"{row['bytes']:,}", plain(row["made"]))
+    Console().print(table)
