@@ -232,3 +232,12 @@ def around(name: str, text: Any, vision: Mapping[str, Any]) -> Any:
     if "out_hidden_size" in known:
         sizes["out_hidden_size"] = text.hidden_size
     return kind(text_config=text.to_dict(), vision_config={**tower.to_dict(), **sizes})
+
+
+def table() -> str:
+    """The families by kind as a table in Markdown, with the marks that the page's test looks for."""
+    kinds: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        kinds.setdefault(family.kind, []).append(family.name)
+    rows = [f"| {kind} | {', '.join(f'`{name}`' for name in sorted(found))} |" for kind, found in sorted(kinds.items())]
+    return "\n".join(["<!-- families -->", "| Blocks | `model_type` |", "| --- | --- |", *rows, "<!-- /families -->"])
