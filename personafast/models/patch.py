@@ -284,7 +284,7 @@ class Patch:
     @contextlib.contextmanager
     def rows(self, slots: RowSlots | DeviceSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
-        before = self._now, self.steering.rows
+        before = self._now, self.steering.rows, self._speakers
         self._now = slots.of_linears
         if isinstance(slots, RowSlots):
             self._speakers = len(slots.masks)
@@ -292,7 +292,7 @@ class Patch:
         try:
             yield
         finally:
-            self._now = before[0]
+            self._now, _, self._speakers = before
             self.steering.carry(before[1])
 
     @property
