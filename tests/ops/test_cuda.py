@@ -31,6 +31,7 @@ LAUNCHERS = {
     "chunk_scores_cuda": (core.chunk_scores,),
     "inject_cuda": (core.inject_, 1),
     "masked_linear_cuda": (core.masked_linear, 1),
+    "sparse_linear_cuda": (core.sparse_linear, 1),
     "steer_cuda": (core.steer_, 1),
 }
 
@@ -190,6 +191,50 @@ def test_masked_linear_of_many_rows_or_of_another_layout_goes_elsewhere_unless_c
     assert len(calls) == 4
     with pytest.raises(BackendError, match="masked_linear: backend 'cuda' cannot take a weight whose rows"):
         ops.masked_linear(*spread)
+
+
+def compressed(dtype, count=4, outputs=5, features=41):
+    weight, kept = rows(dtype, outputs, features), torch.rand(outputs, 64) < 0.5
+    with ops.use_backend("reference"):
+        packed = ops.compress(weight, ops.pack_mask(kept)[:, : -(-features // 32)])
+    return rows(dtype, features, count).t(), *packed
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_sparse_linear(calls, dtype, biased):
+    args = *compressed(dtype), torch.randn(10).to(dtype)[::2] if biased else None
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == [("sparse_linear_cuda", STREAM - 1)]
+
+
+def test_sparse_linear_of_many_rows_goes_elsewhere_unless_cuda_was_asked_for(calls, monkeypatch):
+    few, many = compressed(torch.bfloat16, 16), compressed(torch.bfloat16, 17)
+    ops.sparse_linear(*few)
+    assert len(calls) == 1
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many), atol=0.1, rtol=0.05)
+    assert len(calls) == 1
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x, *packed: (x.double(), packed[0].double(), *packed[1:]), "dtype torch.float64"),
+        (lambda x, values, *rest: (x, values.repeat_interleave(2)[::2], *rest), "compressed weights that are not contig"),
+        (lambda x, values, bitmap, offsets: (x, values, bitmap.t().contiguous().t(), offsets), "compressed weights that"),
+    ],
+)
+def test_compressed_weights_that_cuda_does_not_take(calls, monkeypatch, change, why):
+    args = change(*compressed(torch.float32))
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == []
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match=f"sparse_linear: backend 'cuda' cannot take {why}"):
+        ops.sparse_linear(*args)
 
 
 @pytest.mark.parametrize(
