@@ -45,10 +45,9 @@ __device__ __forceinline__ uint32_t opaque(uint32_t bits) {
   return bits;
 }
 
-template <class T>
-__device__ __forceinline__ T* opaque(T* at) {
-  asm("" : "+l"(at));
-  return at;
+__device__ __forceinline__ uintptr_t opaque_address(uintptr_t bits) {
+  asm("" : "+l"(bits));
+  return bits;
 }
 
 // The address of shared memory as its instructions take it: 32 bits, and less than 4 KiB more than where the block's

@@ -33,8 +33,7 @@ constexpr int kHalves = 2 * kStageWords;  // of words, with 16 bits each
 constexpr int kStepColumns = 4 * kWarp;
 constexpr int kStages = 2;  // that the ring has
 constexpr int kMostRows = 8;
-constexpr int kMostParts = 8;
-constexpr int kLeastWarps = 4;
+constexpr int kWarps = 4;
 
 // An output's values of a stage: copied from a multiple of 32 bytes on, and surrounded by what may be read beside them.
 constexpr int kBefore = 16;
@@ -42,10 +41,11 @@ constexpr int kChunks = (30 + 2 * kStageColumns + 15) / 16;
 constexpr int kMostlyChunks = 5 * kLanes;  // enough at one half kept
 constexpr int kValueBytes = kBefore + 16 * kChunks + 16;
 constexpr int kStageBytes = kOutputs * (kValueBytes + 4 * kHalves);
-static_assert(kMostParts * kStages * kStageBytes <= 2 * 65536 - 4096, "a place in shared memory has 16 bits");
+static_assert(kWarps * kStages * kStageBytes <= 2 * 65536 - 4096, "a place in shared memory has 16 bits");
 
 // Warps of a GPU that keep its memory busy. A constant, since the order of a sum follows from it.
-constexpr int64_t kWantedWarps = 2048;
+constexpr int64_t kWantedWarps = 4096;
+constexpr int64_t kLeastStages = 2;  // of a warp: copies of one are on their way while another is multiplied
 
 struct Call {
   SparseLinearArgs a;
@@ -102,9 +102,10 @@ struct Source {
 
 // Starts this lane's copies of the chunks First, First + 8, ... before Last, if they are among those left to copy.
 template <int First, int Last>
-__device__ __forceinline__ void copy_chunks(uint32_t to, const char* from, int left) {
+__device__ __forceinline__ void copy_chunks(uint32_t to, const void* from, int left) {
 #pragma unroll
-  for (int i = First; i < Last; i += kLanes) copy16_async_if(i < left, to + 16 * i, from + 16 * i);
+  for (int i = First; i < Last; i += kLanes)
+    copy16_async_if(i < left, to + 16 * i, static_cast<const char*>(from) + 16 * i);
 }
 
 // The same at the ends of `values`, one by one: what lies beside them is not read, and zeros are taken for it.
@@ -166,7 +167,7 @@ __device__ __forceinline__ void begin_stage(const SparseLinearArgs& a, Source& s
   const bool whole = source.next >= source.first_safe && behind <= source.last_safe;
   source.next = behind;
   if (whole) {
-    const char* chunks = opaque(reinterpret_cast<const char*>(from));
+    const void* chunks = reinterpret_cast<const void*>(opaque_address(from));
     copy_chunks<0, kMostlyChunks>(to, chunks, left);
     if (left > kMostlyChunks) copy_chunks<kMostlyChunks, kChunks>(to, chunks, left);
   } else {
@@ -197,12 +198,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 }
 
 template <Dtype D, int Rows>
-__global__ void __launch_bounds__(kWarp* kMostParts) sparse_linear_kernel(const __grid_constant__ Call c) {
+__global__ void __launch_bounds__(kWarp* kWarps) sparse_linear_kernel(const __grid_constant__ Call c) {
   PERSONAFAST_DYNAMIC_SHARED(shared);
   const SparseLinearArgs& a = c.a;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int part = warp % c.parts;
-  const int groups = warps / c.parts;  // of outputs, in a block
+  const int groups = kWarps / c.parts;  // of outputs, in a block
   const int64_t t0 = static_cast<int64_t>(blockIdx.x % c.rows) * Rows;
   const int64_t first_group = static_cast<int64_t>(blockIdx.x / c.rows) * groups;
   const int64_t o0 = (first_group + warp / c.parts) * kOutputs;
@@ -226,8 +227,8 @@ __global__ void __launch_bounds__(kWarp* kMostParts) sparse_linear_kernel(const 
   source.at = opaque(at);
   source.words = row_words + begin / 32 + 2 * at;
   source.words_left = count - begin / 32 - 2 * at;
-  source.first_safe = values + (-values & 31);
-  source.last_safe = values_end - (values_end & 15);
+  source.first_safe = opaque_address(values + (-values & 31));
+  source.last_safe = opaque_address(values_end - (values_end & 15));
   source.to = opaque(ring + lane / kLanes * kValueBytes + kBefore);
   source.table = opaque(ring + kOutputs * kValueBytes + (lane / kLanes * kHalves + 4 * at) * 4);
   source.load_bits();
@@ -239,10 +240,11 @@ __global__ void __launch_bounds__(kWarp* kMostParts) sparse_linear_kernel(const 
   for (int bit = kLanes / 2; bit > 0; bit /= 2) before += __shfl_xor_sync(kAllLanes, before, bit);
   source.next = values + 2 * static_cast<uintptr_t>(min(first_of_row + before, a.value_count));
 
-  const char* x_rows[Rows];
+  uintptr_t x_rows[Rows];
 #pragma unroll
   for (int t = 0; t < Rows; ++t) {
-    x_rows[t] = opaque(static_cast<const char*>(a.x) + (min(t0 + t, a.rows - 1) * a.x_stride + 4 * lane) * 2);
+    const int64_t first = min(t0 + t, a.rows - 1) * a.x_stride + 4 * lane;
+    x_rows[t] = opaque_address(reinterpret_cast<uintptr_t>(static_cast<const char*>(a.x) + 2 * first));
   }
   const int n = lane % 4;
   const uint32_t below = (4u << (4 * n)) - 1u;
@@ -266,7 +268,9 @@ __global__ void __launch_bounds__(kWarp* kMostParts) sparse_linear_kernel(const 
     __syncwarp();
     const char* x_at[Rows];
 #pragma unroll
-    for (int t = 0; t < Rows; ++t) x_at[t] = x_rows[t] + int64_t{first} * 2;
+    for (int t = 0; t < Rows; ++t) {
+      x_at[t] = reinterpret_cast<const char*>(x_rows[t] + 2 * static_cast<uintptr_t>(first));
+    }
 #pragma unroll
     for (int step = 0; step < kStageColumns / kStepColumns; ++step) {
       const int column = first + step * kStepColumns;
@@ -397,10 +401,9 @@ int run_rows(const SparseLinearArgs& a, void* stream) {
   const int64_t groups = cdiv(a.outputs, kOutputs);
   const int64_t stages = cdiv(a.features, kStageColumns);
   int64_t parts = 1;
-  while (parts < kMostParts && parts < stages && groups * parts < kWantedWarps) parts *= 2;
-  const int64_t warps = parts > kLeastWarps ? parts : kLeastWarps;
-  return start(sparse_linear_kernel<D, Rows>, a, parts, cdiv(a.rows, Rows), cdiv(groups * parts, warps), warps,
-               warps * kStages * kStageBytes, stream);
+  while (parts < kWarps && 2 * parts * kLeastStages <= stages && groups * parts < kWantedWarps) parts *= 2;
+  return start(sparse_linear_kernel<D, Rows>, a, parts, cdiv(a.rows, Rows), cdiv(groups * parts, kWarps), kWarps,
+               kWarps * kStages * kStageBytes, stream);
 }
 
 template <Dtype D>

@@ -23,8 +23,8 @@ from personafast.ops._mask_bits import unpack_reference, words
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# The CUDA kernel decodes the weight once for every 8 rows; Triton's, above 48, once for all. An estimate until a GPU has
-# measured it.
+# The CUDA kernel decodes the weight once for every 8 rows, Triton's, above 48, once for all. An estimate until a GPU
+# has measured it.
 CUDA_ROWS = 16
 
 

@@ -218,10 +218,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline uint32_t opaque(uint32_t bits) { return bits; }
-template <class T>
-T* opaque(T* at) {
-  return at;
-}
+inline uintptr_t opaque_address(uintptr_t bits) { return bits; }
 
 // As on a GPU they do not begin with 0.
 constexpr uint32_t kSharedBegin = 1024;

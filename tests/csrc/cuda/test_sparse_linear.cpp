@@ -25,7 +25,7 @@ static bool kept(Buffer<int32_t>& bitmap, int64_t words, int64_t o, int64_t i) {
 }
 
 static void one(Random& random) {
-  const bool wide = random.chance(12);  // several stages, at times shared by several warps
+  const bool wide = random.chance(15);  // several stages, at times shared by several warps
   const int64_t rows = random.between(random.chance(5) ? 0 : 1, random.pick({1, 2, 4, wide ? 4 : 9, wide ? 9 : 17}));
   const int64_t outputs = random.between(random.chance(5) ? 0 : 1, random.pick({1, 5, wide ? 9 : 30}));
   int64_t features = random.size(random.pick<int64_t>({60, 300, 700}));
@@ -119,4 +119,4 @@ static void one(Random& random) {
   }
 }
 
-int main(int argc, char** argv) { return run_emulated(argc, argv, 400, one); }
+int main(int argc, char** argv) { return run_emulated(argc, argv, 500, one); }
