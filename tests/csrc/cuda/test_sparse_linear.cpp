@@ -119,4 +119,4 @@ static void one(Random& random) {
   }
 }
 
-int main(int argc, char** argv) { return run_emulated(argc, argv, 500, one); }
+int main(int argc, char** argv) { return run_emulated(argc, argv, 400, one); }
