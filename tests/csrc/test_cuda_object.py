@@ -113,3 +113,18 @@ def test_masked_linear_takes_two_instructions_a_pair_of_weights():
     assert count(inner, "LOP3") <= 256 + 8 * 2 * 4
     assert len(inner) <= 1.8 * 512
     assert count(code, r"LDGSTS\.E\.BYPASS\.128") and count(inner, r"LDS\.128") == 8
+
+
+def test_sparse_linear_takes_six_instructions_a_weight():
+    """Four weights a lane at a time: where they are, three words that hold them, and predicates for what is kept."""
+    (code,) = named("sparse_linear_kernelILNS_5DtypeE1ELi1E").values()  # bf16, one row
+    stage = min(tensor_core_loops(code), key=len)
+    products = [i for i, line in enumerate(stage) if "HMMA" in line]
+    assert len(products) == 8  # two for 16 weights a lane
+    step = stage[products[3] + 1 : products[5] + 1]
+    assert len(step) <= 5.5 * 16
+    assert count(step, r"LDS R") == 4 * 4 and count(step, "POPC") == 4 and count(step, r"LDG\.E\.64") == 1
+    assert count(step, "R2P") == 4  # four predicates at once
+    # What remains prepares the next stage: copies of its values, and where they begin.
+    assert count(stage, r"LDGSTS\.E\.BYPASS\.128") == 9 and count(stage, r"STS\.128") <= 2
+    assert count(stage, "SHFL") == 4
