@@ -234,8 +234,9 @@ __global__ void __launch_bounds__(kWarp* kWarps) sparse_linear_kernel(const __gr
   source.load_bits();
   int before = 0;  // what the parts before this one keep
 #pragma unroll 4
-  for (int word = at; word < (begin < end ? begin / 32 : 0); word += kLanes)
+  for (int word = at; word < (begin < end ? begin / 32 : 0); word += kLanes) {
     before += __popc(static_cast<uint32_t>(row_words[word]));
+  }
 #pragma unroll
   for (int bit = kLanes / 2; bit > 0; bit /= 2) before += __shfl_xor_sync(kAllLanes, before, bit);
   source.next = values + 2 * static_cast<uintptr_t>(min(first_of_row + before, a.value_count));
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sparse_linear_kernel(const __gr
 #pragma unroll
   for (int t = 0; t < Rows; ++t) {
     const int64_t first = min(t0 + t, a.rows - 1) * a.x_stride + 4 * lane;
-    x_rows[t] = opaque_address(reinterpret_cast<uintptr_t>(static_cast<const char*>(a.x) + 2 * first));
+    x_rows[t] = opaque_address(reinterpret_cast<uintptr_t>(a.x) + 2 * static_cast<uintptr_t>(first));
   }
   const int n = lane % 4;
   const uint32_t below = (4u << (4 * n)) - 1u;
