@@ -327,3 +327,16 @@ def test_a_tokenizer_smaller_than_the_models_vocabulary_is_usual(folder, tmp_pat
     tok.save_pretrained(policy)
     padded = pf.PersonaLibrary(pf.PersonaLibrary.from_pretrained(folder).shape.__class__("llama", 32, 3, 128))
     padded.add_policy("x", policy)
+
+
+def test_a_vector_read_elsewhere_is_kept_but_not_attached(net, tmp_path):
+    library = pf.PersonaLibrary()
+    library.add_vector(
+        "heads", pf.vectors.PersonaVector(torch.ones(tiny.BLOCKS, tiny.HIDDEN), hook_point="attention_output")
+    )
+    library.save_pretrained(tmp_path / "library")
+    again = pf.PersonaLibrary.from_pretrained(tmp_path / "library")
+    assert again.vectors["heads"].hook_point == "attention_output"
+    assert "hook_point" not in again.vectors["heads"].metadata
+    with pytest.raises(pf.PersonafastError, match=r"vectors\['heads'\]: read at 'attention_output'"):
+        pf.attach(net, again)

@@ -80,3 +80,13 @@ def test_blend_is_the_weighted_sum_at_each_vectors_blocks():
 def test_bad_blends_are_refused(call, message):
     with pytest.raises(pf.PersonafastError, match=message):
         call({"a": PersonaVector(torch.ones(4, 8))})
+
+
+def test_vectors_of_two_hook_points_do_not_blend():
+    ours, other = PersonaVector(torch.ones(4, 8)), PersonaVector(torch.ones(4, 8), hook_point="attention_output")
+    with pytest.raises(
+        pf.PersonafastError, match=r"vectors\['b'\]: read at 'attention_output', others .* 'block_output'"
+    ):
+        blend({"a": ours, "b": other}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(pf.PersonafastError, match="hook_point '' is not a name"):
+        PersonaVector(torch.ones(4, 8), hook_point="")
