@@ -1,4 +1,4 @@
-"""What slots index: blended vectors, a row a persona, and the LoRA factors of all adapters of a linear."""
+"""What slots index: blended vectors, a row a blend, and the LoRA factors of all adapters of a linear."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from torch import nn
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import Anatomy
 from personafast.models.compressed import home
+from personafast.ops import SteerMode
 from personafast.ops._lora_delta import BoundDelta
+
+# What is done with a slot of a bank that is only added.
+ADDED = (-1, 1.0, 1.0)
 
 
 class VectorBank:
-    """One row a persona and block: bank[block][slot] is what a row with that slot gets added."""
+    """One row a blend and block: bank[block][slot] is what acts on a row with that slot.
+
+    Attributes:
+        capacity: rows.
+        made: banks made so far: each is a tensor that recordings from before do not know.
+    """
 
     def __init__(self, parts: Anatomy, capacity: int) -> None:
         self.capacity = capacity
@@ -24,11 +33,21 @@ class VectorBank:
         self._hidden = parts.shape.hidden_size
         self._banks: dict[int, torch.Tensor] = {}
         self._slots: dict[object, int] = {}
-        # Banks made so far: each is a tensor that recordings from before do not know.
+        # By slot, the blocks where its row is not zero.
+        self._acts: dict[int, frozenset[int]] = {}
         self.made = 0
 
-    def slot(self, key: object, make: Callable[[], torch.Tensor], in_use: set[int]) -> int:
-        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes."""
+    def slot(
+        self, key: object, make: Callable[[], torch.Tensor], in_use: set[int], use: tuple[int, float, float] = ADDED
+    ) -> int:
+        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes.
+
+        Args:
+            key: what tells the blend, and its use, from others.
+            make: called if it is not in the bank.
+            in_use: slots that may not go.
+            use: what is done along it, of a bank of directions: `ops.steer_`'s mode and parameters.
+        """
         if key in self._slots:
             self._slots[key] = self._slots.pop(key)  # the last used stand last
             return self._slots[key]
@@ -43,24 +62,63 @@ class VectorBank:
                     "attach with a larger max_personas"
                 )
             slot = self._slots.pop(oldest)
+        self._acts[slot] = frozenset(block for block, row in enumerate(rows) if bool(row.any()))
         for block, row in enumerate(rows):
-            if block in self._banks or bool(row.any()):
-                self._bank(block)[slot].copy_(row)
+            if block in self._banks or block in self._acts[slot]:
+                self._put(block, slot, row, use)
         self._slots[key] = slot
         return slot
+
+    def known(self, key: object) -> int | None:
+        """The slot of a blend that is in the bank, else None."""
+        return self._slots.get(key)
+
+    def acts(self, slot: int) -> frozenset[int]:
+        """The blocks where the row of a slot is not zero."""
+        return self._acts[slot]
 
     def at(self, block: int) -> torch.Tensor | None:
         """The bank [S, H] of a block, or None when no blend acts there."""
         return self._banks.get(block)
 
-    def _bank(self, block: int) -> torch.Tensor:
+    def _put(self, block: int, slot: int, row: torch.Tensor, use: tuple[int, float, float]) -> None:
         if block not in self._banks:
             dtype, device = home(self._blocks[block])
             # No inference tensor, whatever mode the first call is made in: later ones may be made in another.
             with torch.inference_mode(False):
-                self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+                self._make(block, dtype, device)
             self.made += 1
-        return self._banks[block]
+        self._banks[block][slot].copy_(row)
+
+    def _make(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+
+
+class DirectionBank(VectorBank):
+    """A bank whose slots say beside the direction what is done along it."""
+
+    def __init__(self, parts: Anatomy, capacity: int) -> None:
+        super().__init__(parts, capacity)
+        self._settings: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def settings(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mode int8 [S] and parameters float32 [S, 2] of a block's slots."""
+        return self._settings[block]
+
+    def _put(self, block: int, slot: int, row: torch.Tensor, use: tuple[int, float, float]) -> None:
+        super()._put(block, slot, row, use)
+        mode, *params = use
+        modes, values = self._settings[block]
+        # A slot that has nothing to do at this block ablates a direction of length 0, which leaves a row alone.
+        modes[slot] = mode if block in self._acts[slot] else int(SteerMode.ABLATE)
+        values[slot].copy_(torch.tensor(params))
+
+    def _make(self, block: int, dtype: torch.dtype, device: torch.device) -> None:
+        super()._make(block, dtype, device)
+        self._settings[block] = (
+            torch.zeros(self.capacity, dtype=torch.int8, device=device),
+            torch.ones(self.capacity, 2, dtype=torch.float32, device=device),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What `attach` plugs into a model: residual injection at the blocks, masks and LoRA updates at the linears.
+"""What `attach` plugs into a model: steering at the blocks, masks and LoRA updates at the linears.
 
-Every row of a batch carries three small integers: a vector slot, a mask slot and an adapter slot, -1 for none. They
-index banks that live beside the model, so changing who speaks in a row changes no weight and allocates nothing.
+Every row of a batch carries small integers: a slot for each step of steering, a mask slot and an adapter slot, -1 for
+none. They index banks that live beside the model, so changing who speaks in a row changes no weight.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from personafast import ops
 from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
 from personafast.models.attention import AttentionPatch
-from personafast.models.banks import AdapterBank, VectorBank
+from personafast.models.banks import AdapterBank
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
-from personafast.models.rows import NOBODY, DeviceSlots, RowSlots, Spread
+from personafast.models.rows import DeviceSlots, RowSlots, Spread
+from personafast.models.steering import SteeredBlocks
 from personafast.ops._rms_norm import run_kernel, serves
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Patch:
     def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
         self.model = model
         self.parts = parts
-        self.vectors = VectorBank(parts, max_personas)
+        self.steering = SteeredBlocks(model, parts, max_personas)
         self.compressed: dict[str, CompressedWeight] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._adapters: dict[str, AdapterBank] = {}
@@ -100,8 +101,7 @@ class Patch:
         """
         first = self.parts.blocks[0]
         self._hooks.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
-        for index, block in enumerate(self.parts.blocks):
-            self._hooks.append(block.register_forward_hook(functools.partial(self._inject, index)))
+        self.steering.install()
         for path, linear in self.parts.linears.items():
             if _is_stock(linear):
                 self._patch_linear(path)
@@ -123,6 +123,7 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.steering.remove()
         if self._attention is not None:
             self._attention.remove()
             self._attention = None
@@ -234,7 +235,7 @@ class Patch:
         else:
             found = StaticContext(self.model, rows, capacity, device, self._recorder)
         # A recording knows the addresses of the banks.
-        found.banks_are((self._banks_set, self.vectors.made))
+        found.banks_are((self._banks_set, *self.steering.made))
         return found
 
     def give_back(self, context: StaticContext) -> None:
@@ -245,27 +246,23 @@ class Patch:
     @contextlib.contextmanager
     def rows(self, slots: RowSlots | DeviceSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
-        before = self._now
-        self._now = slots.by_kind
+        before = self._now, self.steering.rows
+        self._now = slots.of_linears
+        self.steering.carry(slots.of_blocks)
         try:
             yield
         finally:
-            self._now = before
+            self._now = before[0]
+            self.steering.carry(before[1])
 
     def bytes_read(self, slots: RowSlots) -> int:
         """Estimated bytes of weights that a forward pass of these rows reads: the model once, and its adapters."""
-        known = slots.by_kind.get("adapters")
+        known = slots.of_linears.get("adapters")
         adapters = known.used if known is not None else set()
         factors = sum(
             (bank.a[0].numel() + bank.b[0].numel()) * bank.a.element_size() for bank in self._adapters.values()
         )
         return model_bytes(self.model) + len(adapters) * factors
-
-    @property
-    def vector_slots(self) -> set[int]:
-        """Vector slots that the rows in force use."""
-        rows = self._now.get("vectors")
-        return set() if rows is None else rows.used
 
     def _note_shape(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -282,30 +279,6 @@ class Patch:
             f"model: a linear was called with shape {list(x.shape)}, which does not tell the rows of the batch apart; "
             "leave this linear out of the mask or the policy"
         )
-
-    def _inject(self, block: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        rows = self._now.get("vectors")
-        if rows is None:
-            return None
-        bank = self.vectors.at(block)
-        if bank is None:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        batch, length, width = hidden.shape
-        slots = rows.over(batch, length, hidden.device)
-        flat = hidden.reshape(-1, width)
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            keep = (slots != NOBODY).to(flat.dtype).unsqueeze(1)
-            flat = flat + keep * bank[slots.clamp(min=0).long()]
-        else:
-            # A block that hands its input on unchanged must not have that input edited under its caller.
-            if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == flat.data_ptr():
-                flat = flat.clone()
-            ops.inject_(flat, bank, slots)
-            if flat.data_ptr() == hidden.data_ptr():
-                return None
-        changed = flat.view(batch, length, width)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def _patch_linear(self, path: str) -> None:
         linear = self.parts.linears[path]
