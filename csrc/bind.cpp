@@ -131,25 +131,6 @@ void silu_mul(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t count, int dt
   silu_mul_cpu({at<void>(out), at<const void>(gate), at<const void>(up), count, static_cast<Dtype>(dtype)}, threads);
 }
 
-int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
-                      uintptr_t row_offsets, uintptr_t bias, int64_t value_count, int64_t rows, int64_t outputs,
-                      int64_t features, int dtype, int threads) {
-  const SparseLinearArgs args = {at<void>(out),
-                                 at<const void>(x),
-                                 x_stride,
-                                 at<const void>(values),
-                                 at<const int32_t>(bitmap),
-                                 at<const int64_t>(row_offsets),
-                                 at<const void>(bias),
-                                 value_count,
-                                 rows,
-                                 outputs,
-                                 features,
-                                 static_cast<Dtype>(dtype)};
-  py::gil_scoped_release released;
-  return sparse_linear_cpu(args, threads);
-}
-
 void compress(uintptr_t weight, int64_t weight_stride, uintptr_t bitmap, uintptr_t row_offsets, uintptr_t values,
               int64_t outputs, int64_t features, int dtype, bool fill) {
   const CompressArgs args = {at<const void>(weight),
@@ -274,7 +255,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("rms_norm", &rms_norm, "personafast/rms_norm.h");
   module.def("silu_mul", &silu_mul, "personafast/silu_mul.h");
-  module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
+  module.def("sparse_linear", on_cpu(sparse_linear_args, sparse_linear_cpu), "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
   module.def("steer_", on_cpu(steer_args, steer_cpu), "personafast/steer.h");
   module.def("unpack_mask", &unpack_mask, "personafast/mask_bits.h");

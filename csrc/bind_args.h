@@ -9,6 +9,7 @@
 #include "personafast/inject.h"
 #include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
+#include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 
 namespace personafast {
@@ -150,6 +151,23 @@ inline MaskedLinearArgs masked_linear_args(uintptr_t out, uintptr_t x, int64_t x
           outputs,
           features,
           personas,
+          static_cast<Dtype>(dtype)};
+}
+
+inline SparseLinearArgs sparse_linear_args(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values,
+                                           uintptr_t bitmap, uintptr_t row_offsets, uintptr_t bias, int64_t value_count,
+                                           int64_t rows, int64_t outputs, int64_t features, int dtype) {
+  return {at<void>(out),
+          at<const void>(x),
+          x_stride,
+          at<const void>(values),
+          at<const int32_t>(bitmap),
+          at<const int64_t>(row_offsets),
+          at<const void>(bias),
+          value_count,
+          rows,
+          outputs,
+          features,
           static_cast<Dtype>(dtype)};
 }
 

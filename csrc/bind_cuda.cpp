@@ -58,5 +58,7 @@ void bind_cuda(py::module_& module) {
              "personafast/lora_delta.h");
   module.def("masked_linear_cuda", on_gpu("masked_linear_kernel", masked_linear_args, masked_linear_cuda),
              "personafast/masked_linear.h");
+  module.def("sparse_linear_cuda", on_gpu("sparse_linear_kernel", sparse_linear_args, sparse_linear_cuda),
+             "personafast/sparse_linear.h");
   module.def("steer_cuda", on_gpu("steer_kernel", steer_args, steer_cuda), "personafast/steer.h");
 }

@@ -23,7 +23,9 @@ __device__ __forceinline__ uint4 load16(const void* at) { return *static_cast<co
 // Memory that nobody writes while the kernel runs.
 __device__ __forceinline__ uint4 load16_read_only(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
 
-// The same, read once a kernel: it takes no place in L1.
+__device__ __forceinline__ uint2 load8_read_only(const void* at) { return __ldg(static_cast<const uint2*>(at)); }
+
+// 16 bytes read once a kernel: they take no place in L1.
 __device__ __forceinline__ uint4 load16_read_once(const void* at) {
   uint4 words;
   asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -41,6 +43,27 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 __device__ __forceinline__ uint32_t opaque(uint32_t bits) {
   asm("" : "+r"(bits));
   return bits;
+}
+
+__device__ __forceinline__ uintptr_t opaque_address(uintptr_t bits) {
+  asm("" : "+l"(bits));
+  return bits;
+}
+
+// The address of shared memory as its instructions take it: 32 bits, and less than 4 KiB more than where the block's
+// own begins. A word at such an address, and 16 bytes.
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+__device__ __forceinline__ uint32_t shared_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+__device__ __forceinline__ void store16_shared(uint32_t address, uint4 words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
 }
 
 __device__ __forceinline__ float bf16_to_float(uint32_t low_bits) { return __uint_as_float(low_bits << 16); }
@@ -85,7 +108,14 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
       : "memory");
 }
 
-// The same of 4 bytes, at multiples of 4.
+// The same to a shared_address(), and only under a condition, without a branch.
+__device__ __forceinline__ void copy16_async_if(bool condition, uint32_t shared, const void* global) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::"r"(shared),
+               "l"(global), "r"(static_cast<uint32_t>(condition))
+               : "memory");
+}
+
+// copy16_async of 4 bytes, at multiples of 4.
 __device__ __forceinline__ void copy4_async(void* shared, const void* global) {
   asm volatile(
       "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),

@@ -146,3 +146,18 @@ def test_lora_delta_fetches_but_out_and_b_after_its_sums_are_on_their_way(kernel
     last = max(i for i, line in enumerate(code) if "HMMA" in line)
     others = [line for line in code[last:] if re.search(r"LDG\.E(?!\.U16)", line)]
     assert len(others) in (0, 8)
+
+
+def test_sparse_linear_takes_six_instructions_a_weight():
+    """Four weights a lane at a time: where they are, three words that hold them, and predicates for what is kept."""
+    (code,) = named("sparse_linear_kernelILNS_5DtypeE1ELi1E").values()  # bf16, one row
+    stage = min(tensor_core_loops(code), key=len)
+    products = [i for i, line in enumerate(stage) if "HMMA" in line]
+    assert len(products) == 8  # two for 16 weights a lane
+    step = stage[products[3] + 1 : products[5] + 1]
+    assert len(step) <= 5.5 * 16
+    assert count(step, r"LDS R") == 4 * 4 and count(step, "POPC") == 4 and count(step, r"LDG\.E\.64") == 1
+    assert count(step, "R2P") == 4  # four predicates at once
+    # What remains prepares the next stage: copies of its values, and where they begin.
+    assert count(stage, r"LDGSTS\.E\.BYPASS\.128") == 9 and count(stage, r"STS\.128") <= 2
+    assert count(stage, "SHFL") == 4

@@ -98,13 +98,16 @@ def test_slots_and_scales_of_tokens():
 
 def test_held_steps_are_those_of_rows_and_leave_nothing_behind():
     response = Window(spans=(((-1, 1), (END, 0)),), strength=0.5)
-    first = RowSteps([(Step(0, 1, frozenset({0})), Step(1, 2, frozenset({1}), response)), ()], Prompts([2, 5]))
+    first = RowSteps(
+        [(Step(0, 1, frozenset({0})), Step(1, 2, frozenset({1}), response)), (Step(1, 6, frozenset({1}), response),)],
+        Prompts([2, 2]),
+    )
     second = RowSteps([(Step(1, 4, frozenset({1}), response),)], Prompts([1]))
     held = HeldSteps(3, CPU)
     index = torch.arange(3).expand(3, 3)
     kinds = []
     for rows, slots in (
-        (first, {0: [1] * 3 + [NOBODY] * 6, 1: [NOBODY, 2, 2] + [NOBODY] * 6}),
+        (first, {0: [1] * 3 + [NOBODY] * 6, 1: [NOBODY, 2, 2, NOBODY, 6, 6] + [NOBODY] * 3}),
         (second, {1: [4] * 3 + [NOBODY] * 6}),
     ):
         held.hold(rows)

@@ -41,6 +41,7 @@ LAUNCHERS = {
     "inject_cuda": (core.inject_, 1),
     "lora_delta_cuda": (lora_delta,),
     "masked_linear_cuda": (core.masked_linear, 1),
+    "sparse_linear_cuda": (core.sparse_linear, 1),
     "steer_cuda": (core.steer_, 1),
 }
 
@@ -289,6 +290,50 @@ def test_lora_delta_takes_no_rows_that_are_not_adjacent(calls, adapters, monkeyp
     monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
     with pytest.raises(BackendError, match=f"'cuda' cannot take an `{name}` whose rows are not adjacent"):
         ops.lora_delta_(**args)
+
+
+def compressed(dtype, count=4, outputs=5, features=41):
+    weight, kept = rows(dtype, outputs, features), torch.rand(outputs, 64) < 0.5
+    with ops.use_backend("reference"):
+        packed = ops.compress(weight, ops.pack_mask(kept)[:, : -(-features // 32)])
+    return rows(dtype, features, count).t(), *packed
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_sparse_linear(calls, dtype, biased):
+    args = *compressed(dtype), torch.randn(10).to(dtype)[::2] if biased else None
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == [("sparse_linear_cuda", STREAM - 1)]
+
+
+def test_sparse_linear_of_many_rows_goes_elsewhere_unless_cuda_was_asked_for(calls, monkeypatch):
+    few, many = compressed(torch.bfloat16, 16), compressed(torch.bfloat16, 17)
+    ops.sparse_linear(*few)
+    assert len(calls) == 1
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many), atol=0.1, rtol=0.05)
+    assert len(calls) == 1
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x, *packed: (x.double(), packed[0].double(), *packed[1:]), "dtype torch.float64"),
+        (lambda x, values, *rest: (x, values.repeat_interleave(2)[::2], *rest), "compressed weights"),
+        (lambda x, values, bitmap, offsets: (x, values, bitmap.t().contiguous().t(), offsets), "compressed weights"),
+    ],
+)
+def test_compressed_weights_that_cuda_does_not_take(calls, monkeypatch, change, why):
+    args = change(*compressed(torch.float32))
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == []
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match=f"sparse_linear: backend 'cuda' cannot take {why}"):
+        ops.sparse_linear(*args)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,10 @@ inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits)
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (by & 31u));
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   unsigned result = 0;
@@ -209,6 +213,12 @@ inline uint4 load16(const void* at) {
   return words;
 }
 inline uint4 load16_read_only(const void* at) { return load16(at); }
+inline uint2 load8_read_only(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) emulator::fail("8 bytes at %p, which is no multiple of 8", at);
+  uint2 words;
+  memcpy(&words, at, 8);
+  return words;
+}
 inline uint4 load16_read_once(const void* at) { return load16(at); }
 inline void store16(void* at, uint4 words) { memcpy(const_cast<void*>(wide(at)), &words, 16); }
 
@@ -225,6 +235,23 @@ inline float float_of(uint32_t bits) {
 }
 
 inline uint32_t opaque(uint32_t bits) { return bits; }
+inline uintptr_t opaque_address(uintptr_t bits) { return bits; }
+
+// As on a GPU they do not begin with 0.
+constexpr uint32_t kSharedBegin = 1024;
+inline uint32_t shared_address(const void* at) {
+  return kSharedBegin + static_cast<uint32_t>(static_cast<const unsigned char*>(at) -
+                                              static_cast<unsigned char*>(emulator::dynamic_shared()));
+}
+inline unsigned char* shared_at(uint32_t address) {
+  return static_cast<unsigned char*>(emulator::dynamic_shared()) + (int64_t{address} - kSharedBegin);
+}
+inline uint32_t shared_word(uint32_t address) {
+  if (address % 4 != 0) emulator::fail("4 bytes at %u of shared memory, which is no multiple of 4", address);
+  uint32_t word;
+  memcpy(&word, shared_at(address), 4);
+  return word;
+}
 
 inline float bf16_to_float(uint32_t low_bits) { return float_of(low_bits << 16); }
 float f16_to_float(uint32_t low_bits);
@@ -235,6 +262,10 @@ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c);
 
 inline void copy16_async(void* shared, const void* global) {
   emulator::copy_async(const_cast<void*>(wide(shared)), wide(global), 16);
+}
+inline void store16_shared(uint32_t address, uint4 words) { store16(shared_at(address), words); }
+inline void copy16_async_if(bool condition, uint32_t shared, const void* global) {
+  if (condition) copy16_async(shared_at(shared), global);
 }
 inline void copy4_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 4 != 0 || reinterpret_cast<uintptr_t>(global) % 4 != 0) {
