@@ -33,10 +33,12 @@ class MaskBank:
     Attributes:
         slots: name -> slot.
         mixtures: weighted sums of gates, in slots below -1.
+        moves: how often a bank has followed its linear to another device.
     """
 
     def __init__(self, max_mixtures: int) -> None:
         self.slots: dict[str, int] = {}
+        self.moves = 0
         self.mixtures = MixtureTable(max_mixtures)
         self._held: dict[str, Gate] = {}
         self._words: dict[str, torch.Tensor] = {}
@@ -123,6 +125,7 @@ class MaskBank:
         bank = self._words[path]
         if bank.device != device:  # the model was moved
             bank = self._words[path] = bank.to(device)
+            self.moves += 1
         return bank
 
     def _gamma_for(self, rows: Spread, device: torch.device) -> torch.Tensor | None:

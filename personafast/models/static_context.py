@@ -198,7 +198,7 @@ class StaticContext:
             )
         if places is not None:
             inputs["logits_to_keep"] = places
-        self.slots.begin()
+        self.slots.begin(positions)
         with attending(self.model):
             logits: torch.Tensor = self.model(**inputs).logits
         return logits
