@@ -48,8 +48,10 @@ def attach(
 ) -> PersonaHandle:
     """Give a Hugging Face decoder personas.
 
-    Nothing about the model's weights or state-dict names changes; rows without a persona compute what they did before,
-    up to rounding: on a CPU, linears with few rows run on our own kernel, which reads their weights faster.
+    Nothing about the model's weights or state-dict names changes, but that weights which lie as [in, out] (GPT-2's
+    Conv1D) are turned in memory while a mask covers them: their values and shape stay, their strides do not. Rows
+    without a persona compute what they did before, up to rounding: on a CPU, linears with few rows run on our own
+    kernel, which reads their weights faster.
 
     Args:
         model: a transformers causal LM of any family whose blocks can be found by structure, PEFT-wrapped or not.
