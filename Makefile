@@ -43,9 +43,9 @@ install: $(STAMP) ## Make .venv and install personafast into it, with everything
 demo: $(STAMP) ## Compare every method on the built-in model
 	$(PY) -m personafast demo $(ARGS)
 
-examples: $(STAMP) ## Run the seed paper's first three experiments; write docs/examples.md
+examples: $(STAMP) ## Run the experiments on the zoo; write docs/examples.md
 	mkdir -p benchmarks/results/examples build
-	for name in tone chunk_size reference_swap; do \
+	for name in tone chunk_size reference_swap steering; do \
 	  $(PY) examples/$$name.py --json benchmarks/results/examples/$$name.json --plot build/$$name.png $(ARGS) || exit $$?; \
 	done
 	$(PY) examples/report.py

@@ -10,8 +10,6 @@ import contextlib
 import functools
 import statistics
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +20,10 @@ from benchmarks import machine
 from benchmarks.bandwidth import reader
 from benchmarks.case import Absent
 from benchmarks.check import CheckFailed
-from benchmarks.decode import PROMPT, Generate, Shape, drawn, model_bytes, parameters, per_token, sharing
-from benchmarks.measure import READ, Measurement, rounded
-from benchmarks.sampler import Sample, interleave, paired, spread
+from benchmarks.decode import PROMPT, Generate, Shape, drawn, model_bytes, per_token, sharing
+from benchmarks.measure import READ, Measurement
+from benchmarks.sampler import Sample, interleave
+from benchmarks.views import Run, View
 from personafast.models.anatomy import anatomy
 from personafast.policies import Policy, PolicySet
 
@@ -54,15 +53,6 @@ SCR_LONG = "scr, k = 8, 2 separate models"
 
 def direct(policies: int) -> str:
     return f"direct, {policies} polic{'y' if policies == 1 else 'ies'} and the reference"
-
-
-@dataclass(frozen=True)
-class View:
-    """What a case compares: contenders with the baseline, and how many times as fast they have to be."""
-
-    name: str
-    baseline: str
-    goals: Mapping[str, float | None]
 
 
 VIEWS = (
@@ -212,8 +202,13 @@ class Contenders:
 
 
 @functools.cache
-def measured(tokens: int, rounds: int) -> tuple[dict[str, list[float]], list[float], int, int]:
-    """Seconds a token of every contender, the read bandwidth of every round, the model's bytes and parameters."""
+def measured(tokens: int, rounds: int) -> Run:
+    """All contenders, timed in turns.
+
+    Raises:
+        CheckFailed: a contender decodes something else; nothing has been timed.
+        Absent: PEFT is not installed, or the memory is not there.
+    """
     if machine.available_memory() < 3 << 30:
         raise Absent("needs 3 GiB of memory")
     ids = torch.randint(5, SHAPE.config["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(1))
@@ -226,7 +221,7 @@ def measured(tokens: int, rounds: int) -> tuple[dict[str, list[float]], list[flo
             samples[name] = functools.partial(per_token, runner, tokens)
         taken = interleave(samples, 0.0, min_rounds=rounds, max_rounds=rounds)
     read = [reader().nbytes / seconds / 1e9 for seconds in taken.pop(READ)]
-    return taken, read, model_bytes(model), parameters(SHAPE)
+    return Run(SHAPE, taken, {}, read, model_bytes(model), tokens)
 
 
 def make() -> Any:
@@ -234,42 +229,5 @@ def make() -> Any:
 
 
 def measure_blending(view: View, tokens: int, rounds: int) -> Measurement:
-    """One view of the run.
-
-    Raises:
-        CheckFailed: a contender decodes something else; nothing has been timed.
-        Absent: PEFT is not installed, or the memory is not there.
-    """
-    taken, read, weights, count = measured(tokens, rounds)
-    names = [view.baseline, *view.goals]
-    record = {
-        "name": view.name,
-        "model": {**SHAPE.config, "parameters": count, "dtype": "bfloat16"},
-        "rows": 1,
-        "tokens": tokens,
-        "date": machine.today(),
-        "commit": machine.commit(),
-        "rounds": rounds,
-        "read_bandwidth_gb_s": rounded(spread(read)),
-        "baseline": view.baseline,
-        "contenders": {name: _figures(name, taken, read, weights, view) for name in names},
-    }
-    return Measurement({name: taken[name] for name in names}, record, {})
-
-
-def _figures(
-    name: str, taken: Mapping[str, list[float]], read: list[float], weights: int, view: View
-) -> dict[str, Any]:
-    median = spread(taken[name]).median
-    entry: dict[str, Any] = {
-        "microseconds": rounded(spread([1e6 * seconds for seconds in taken[name]])),
-        "tokens_per_s": float(f"{1 / median:.4g}"),
-        "bytes": weights,
-        "gb_s": float(f"{weights / median / 1e9:.4g}"),
-        "share_of_read_bandwidth": rounded(paired([weights / seconds / 1e9 for seconds in taken[name]], read)),
-    }
-    if name != view.baseline:
-        entry["times_faster"] = rounded(paired(taken[view.baseline], taken[name]))
-        if view.goals[name] is not None:
-            entry["goal"] = view.goals[name]
-    return entry
+    """One view of the run; raises what `measured` does."""
+    return measured(tokens, rounds).seen_as(view)

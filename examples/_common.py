@@ -124,6 +124,16 @@ class Stage:
         _add_timing(records, seconds, anchors)
         return records
 
+    def count(self, methods: Sequence[Method], progress: Progress) -> list[dict[str, Any]]:
+        """A record for each method without its timing: what its replies show, asked once."""
+        records = []
+        with attach(self.model, self.library, tokenizer=self.tokenizer) as handle:
+            batch = encode(self.tokenizer, self.questions, self.model.device)
+            for method in methods:
+                progress(f"{method.name}: {len(self.questions)} replies")
+                records.append(self._record(method, self._reply(handle, method, batch), batch["input_ids"].shape[1]))
+        return records
+
     def _reply(self, handle: Any, method: Method, batch: Mapping[str, torch.Tensor], sampling: bool = True) -> Any:
         return self.model.generate(
             **batch,
@@ -155,6 +165,7 @@ class Stage:
             "name": method.name,
             "how": method.how,
             "traits": {name: wilson(sum(hits), len(texts))._asdict() for name, hits in shown.items()},
+            "shown": {name: sum(hits) for name, hits in shown.items()},
             "joint": wilson(joint, len(texts))._asdict(),
             "joint_count": joint,
             "grammar": wilson(sum(map(is_grammatical, texts)), len(texts))._asdict(),
@@ -266,11 +277,13 @@ def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def conditions(result: Mapping[str, Any]) -> str:
     """The settings in one sentence."""
     s = result["settings"]
-    return (
+    asked = (
         f"{s['replies']} replies a method in one batch, temperature {s['temperature']:g}, min-p {s['min_p']:g}, "
-        f"weights {s['alpha']:g}, seed {s['seed']}; 95 % Wilson intervals; speed: tokens/s beside `direct`, median and "
-        f"range of {s['repeats']} repeats taken in turns."
+        f"weights {s['alpha']:g}, seed {s['seed']}; 95 % Wilson intervals"
     )
+    if not all("timing" in record for record in result["methods"]):
+        return f"{asked}."
+    return f"{asked}; speed: tokens/s beside `direct`, median and range of {s['repeats']} repeats taken in turns."
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

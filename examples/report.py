@@ -13,13 +13,14 @@ from pathlib import Path
 import _common as c
 import chunk_size
 import reference_swap
+import steering
 import tone
 
 from personafast import PersonafastError
 from personafast._io import read_json, write_text
 from personafast.errors import FormatError
 
-EXPERIMENTS = {"tone": tone, "chunk_size": chunk_size, "reference_swap": reference_swap}
+EXPERIMENTS = {"tone": tone, "chunk_size": chunk_size, "reference_swap": reference_swap, "steering": steering}
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -15,11 +15,11 @@ from personafast.errors import FormatError, PersonafastError
 from personafast.masks.mask import PersonaMask
 from personafast.models.anatomy import Anatomy, ModelShape, linear_features
 from personafast.persona import Persona
+from personafast.vectors.card import CONVENTION, read_card, write_card
 from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
 
 FORMAT_VERSION = 1
 _INDEX, _VECTORS, _MASKS, _POLICIES = "library.json", "vectors.safetensors", "masks.safetensors", "policies"
-_CONVENTION = "row b = added to the output of the 0-based block b"
 
 
 class PersonaLibrary:
@@ -154,7 +154,7 @@ class PersonaLibrary:
             write_json(target / _INDEX, self._index())
             if self._vectors:
                 tensors = {name: vector.directions for name, vector in self._vectors.items()}
-                write_safetensors(target / _VECTORS, tensors, {"convention": _CONVENTION})
+                write_safetensors(target / _VECTORS, tensors, {"convention": CONVENTION})
             if self._masks:
                 words = {
                     f"{name}::{path}": word for name, mask in self._masks.items() for path, word in mask.words.items()
@@ -210,15 +210,7 @@ class PersonaLibrary:
         return {
             "format_version": FORMAT_VERSION,
             "model": asdict(self.shape) if self.shape else None,
-            "vectors": {
-                name: {
-                    "blocks": list(vector.blocks),
-                    "hook_point": vector.hook_point,
-                    "norms": [round(norm, 4) for norm in vector.norms.tolist()],
-                    **vector.metadata,
-                }
-                for name, vector in sorted(self._vectors.items())
-            },
+            "vectors": {name: write_card(vector) for name, vector in sorted(self._vectors.items())},
             "masks": {
                 name: {"in_features": dict(sorted(mask.in_features.items())), **mask.metadata}
                 for name, mask in sorted(self._masks.items())
@@ -236,10 +228,8 @@ class PersonaLibrary:
         for name, card in cards.items():
             if name not in tensors:
                 raise FormatError(f"{folder / _VECTORS}: lacks the vector {name!r} that {_INDEX} lists; save it again")
-            metadata = {key: value for key, value in card.items() if key not in ("blocks", "norms", "hook_point")}
-            hook_point = card.get("hook_point", BLOCK_OUTPUT)
             try:
-                self.add_vector(name, PersonaVector(tensors[name], card.get("blocks") or (), metadata, hook_point))
+                self.add_vector(name, read_card(tensors[name], card))
             except PersonafastError as error:
                 raise FormatError(f"{folder / _VECTORS}: {name!r}: {error}") from None
 

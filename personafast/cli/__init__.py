@@ -1,4 +1,4 @@
-"""The command line: `personafast demo`, `generate`, `doctor`, `vectors`, `masks` and `zoo`.
+"""The command line: `personafast demo`, `generate`, `doctor`, `eval`, `vectors`, `masks` and `zoo`.
 
 Results go to stdout, progress and notes to stderr. An error a caller can mend is one line on stderr and exit code 2.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from personafast._version import __version__
-from personafast.cli import demo, doctor, generate, masks, vectors, zoo
+from personafast.cli import demo, doctor, evaluate, generate, masks, vectors, zoo
 from personafast.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ def _root(
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(masks.app, name="masks")
 app.add_typer(zoo.app, name="zoo")

@@ -1,5 +1,19 @@
-"""Measures of how well a persona shows: intervals for shares of replies, and the comparison `personafast demo` runs."""
+"""How well a persona shows: choice tests, perplexity, intervals, and the comparison that `personafast demo` runs."""
 
-from personafast.evaluate.intervals import Interval, newcombe_difference, wilson
+from personafast.evaluate.choice import Choices, choose
+from personafast.evaluate.intervals import Interval, newcombe_difference, paired_difference, wilson
+from personafast.evaluate.items import ChoiceItem, read_items
+from personafast.evaluate.perplexity import Perplexity, perplexity
 
-__all__ = ["Interval", "newcombe_difference", "wilson"]
+__all__ = [
+    "ChoiceItem",
+    "Choices",
+    "Interval",
+    "Perplexity",
+    "choose",
+    "newcombe_difference",
+    "paired_difference",
+    "perplexity",
+    "read_items",
+    "wilson",
+]

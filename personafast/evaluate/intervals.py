@@ -63,3 +63,23 @@ def newcombe_difference(successes_a: int, n_a: int, successes_b: int, n_b: int, 
         difference - math.hypot(a.rate - a.low, b.high - b.rate),
         difference + math.hypot(a.high - a.rate, b.rate - b.low),
     )
+
+
+def paired_difference(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> Interval:
+    """Bonett and Price's interval of the difference a - b of two proportions of the same n cases.
+
+    Of the n cases `only_a` succeeded under a alone and `only_b` under b alone. With p_a = (only_a + 1) / (n + 2), p_b
+    likewise and z the two-sided normal quantile: (p_a - p_b) +- z sqrt((p_a + p_b - (p_a - p_b)^2) / (n + 2)), cut at
+    -1 and 1. `rate` is the plain difference (only_a - only_b) / n.
+
+    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479-488.
+
+    Raises:
+        PersonafastError: counts that are negative or exceed n.
+    """
+    if n < 1 or only_a < 0 or only_b < 0 or only_a + only_b > n:
+        raise PersonafastError(f"paired_difference: {only_a} and {only_b} of n={n}; pass counts of n >= 1 cases")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    a, b = ((count + 1) / (n + 2) for count in (only_a, only_b))
+    half = z * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    return Interval((only_a - only_b) / n, max(-1.0, a - b - half), min(1.0, a - b + half))

@@ -30,7 +30,8 @@ def blend(
         float32 [num_blocks, hidden]; rows of blocks that nothing acts on are zero.
 
     Raises:
-        PersonafastError: no coefficients, an unknown name, shapes or hook points that differ, a block out of range.
+        PersonafastError: no coefficients, an unknown name, shapes or hook points that differ, a block out of range or
+            without a direction.
     """
     if normalize not in ("none", "unit"):
         raise PersonafastError(f"normalize: {normalize!r} is not one of none, unit")
@@ -57,6 +58,11 @@ def blend(
         rows = list(vector.blocks if blocks is None else blocks)
         if any(not 0 <= row < total.shape[0] for row in rows):
             raise PersonafastError(f"blocks: {rows} has an index that is not in 0..{total.shape[0] - 1}")
+        for row in rows:
+            if row in vector.missing:
+                raise PersonafastError(
+                    f"vectors[{name!r}]: block {row} has no direction ({vector.missing[row]}); name other blocks"
+                )
         part = vector.directions[rows]
         if normalize == "unit":
             part = torch.nn.functional.normalize(part, dim=1)

@@ -28,16 +28,19 @@ class PersonaVector:
         metadata: where it came from (method, texts), as plain JSON values.
         hook_point: where in the block the activations were read: `BLOCK_OUTPUT`, or another project's name for another
             place. A vector of another place can be kept and looked at, but neither blended with ours nor attached.
+        missing: the blocks that have no direction, and why: files of other projects cannot hold every block. Their rows
+            are zero, and they cannot be steered.
 
     Raises:
-        PersonafastError: a shape that is not two-dimensional, NaN or infinity, a block out of range, a nameless hook
-            point.
+        PersonafastError: a shape that is not two-dimensional, NaN or infinity, a block out of range or missing, a
+            nameless hook point.
     """
 
     directions: torch.Tensor
     blocks: Sequence[int] = ()
     metadata: Mapping[str, object] = field(default_factory=dict)
     hook_point: str = BLOCK_OUTPUT
+    missing: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         directions = torch.as_tensor(self.directions).detach().to(device="cpu", dtype=torch.float32, copy=True)
@@ -53,12 +56,35 @@ class PersonaVector:
                 f"vector: hook_point {self.hook_point!r} is not a name; leave it out for block outputs"
             )
         count = directions.shape[0]
-        blocks = tuple(int(block) for block in self.blocks) or default_blocks(count)
+        missing = {int(block): str(why) for block, why in sorted(self.missing.items())}
+        if any(not 0 <= block < count for block in missing):
+            raise PersonafastError(f"vector: missing {list(missing)} has a block that is not in 0..{count - 1}")
+        if len(missing) == count:
+            raise PersonafastError(f"vector: every block is missing ({missing[0]}); there is nothing to steer with")
+        if missing:
+            directions[list(missing)] = 0.0
+        object.__setattr__(self, "directions", directions.contiguous())
+        object.__setattr__(self, "missing", missing)
+        blocks = tuple(int(block) for block in self.blocks) or self._default_blocks()
+        self.check_blocks(blocks)
+        object.__setattr__(self, "blocks", blocks)
+
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        """Raise `PersonafastError` unless every one of `blocks` exists and has a direction."""
+        count = self.directions.shape[0]
         for block in blocks:
             if not 0 <= block < count:
                 raise PersonafastError(f"vector: block {block} is not in 0..{count - 1}")
-        object.__setattr__(self, "directions", directions.contiguous())
-        object.__setattr__(self, "blocks", blocks)
+            if block in self.missing:
+                raise PersonafastError(
+                    f"vector: block {block} has no direction ({self.missing[block]}); name other blocks"
+                )
+
+    def _default_blocks(self) -> tuple[int, ...]:
+        """The usual block, or the nearest one to it that has a direction."""
+        count = self.directions.shape[0]
+        (usual,) = default_blocks(count)
+        return (min((block for block in range(count) if block not in self.missing), key=lambda b: abs(b - usual)),)
 
     @property
     def norms(self) -> torch.Tensor:

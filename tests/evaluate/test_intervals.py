@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import binomtest
 
 from personafast.errors import PersonafastError
-from personafast.evaluate import newcombe_difference, wilson
+from personafast.evaluate import newcombe_difference, paired_difference, wilson
 
 
 # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3.
@@ -55,3 +55,36 @@ def test_newcombe_is_antisymmetric():
 def test_impossible_counts_are_refused_by_name(successes, n, confidence):
     with pytest.raises(PersonafastError, match="wilson: "):
         wilson(successes, n, confidence)
+
+
+def test_paired_difference_is_the_formula_and_antisymmetric():
+    # p_a = 13 / 102, p_b = 4 / 102, and z = 1.959964.
+    found = paired_difference(12, 3, 100)
+    half = 1.959964 * math.sqrt((17 / 102 - (9 / 102) ** 2) / 102)
+    assert found.rate == pytest.approx(0.09)
+    assert (found.low, found.high) == pytest.approx((9 / 102 - half, 9 / 102 + half), abs=1e-6)
+    other = paired_difference(3, 12, 100)
+    assert (other.rate, other.low, other.high) == pytest.approx((-found.rate, -found.high, -found.low))
+    assert paired_difference(5, 0, 5).high == 1.0
+
+
+def test_paired_difference_covers_what_it_says():
+    """95 % limits hold the true difference in about 95 of 100 samples, also where few cases differ."""
+    import random
+
+    draw = random.Random(0)
+    for only_a, only_b, n in ((0.10, 0.02, 100), (0.30, 0.30, 60)):
+        held = 0
+        for _ in range(2000):
+            outcomes = [draw.random() for _ in range(n)]
+            a = sum(value < only_a for value in outcomes)
+            b = sum(only_a <= value < only_a + only_b for value in outcomes)
+            low, high = paired_difference(a, b, n)[1:]
+            held += low <= only_a - only_b <= high
+        assert 0.935 < held / 2000 < 0.985
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(1, 0, 0), (-1, 0, 5), (3, 3, 5)])
+def test_impossible_pairs_are_refused(a, b, n):
+    with pytest.raises(PersonafastError, match="paired_difference: "):
+        paired_difference(a, b, n)

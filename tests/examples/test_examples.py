@@ -16,12 +16,14 @@ SMALL = {
     "chunk_size": ["--replies", "3", "--texts", "400"],
     "reference_swap": ["--replies", "2"],
 }
+STEERING = ["--replies", "16", "--coefficients", "0", "3", "6", "--at", "3"]
 FIGURES = {
     "name",
     "how",
     "traits",
     "joint",
     "joint_count",
+    "shown",
     "grammar",
     "tokens",
     "forwards_per_token",
@@ -45,10 +47,10 @@ def example():
 def results(example, tmp_path_factory):
     """What each experiment writes, by its name, and the folder it is in."""
     folder = tmp_path_factory.mktemp("results")
-    for name, options in SMALL.items():
+    for name, options in {**SMALL, "steering": STEERING}.items():
         files = ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
         assert example("_common").run(example(name).main, [*options, "--repeats", "1", *files]) == 0
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in SMALL}, folder
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in (*SMALL, "steering")}, folder
 
 
 def without_clock(value):
@@ -86,6 +88,37 @@ def test_what_is_measured_makes_sense(results):
         assert toy[rule, 1]["target_from_token_level"] == pytest.approx(0, abs=1e-9)
         assert toy[rule, 8]["target_from_token_level"] > toy[rule, 2]["target_from_token_level"]
         assert all(toy[rule, k]["block"] < 2 * toy[rule, k]["noise"] for k in (1, 2, 4, 8))
+
+
+def test_steering_turns_a_trait_up_until_the_text_collapses(results, example):
+    result, folder = results[0]["steering"], results[1]
+    assert (folder / "steering.png").read_bytes().startswith(b"\x89PNG")
+    curves = {side: [r for r in result["methods"] if r["side"] == side] for side in ("curious", "cautious", "blend")}
+    assert all([record["coefficient"] for record in curve] == [0, 3, 6] for curve in curves.values())
+    assert all(set(record) == FIGURES - {"timing"} | {"side", "coefficient"} for record in result["methods"])
+    # Nothing is added at 0, whatever it is called.
+    assert len({curve[0]["sample"] for curve in curves.values()}) == 1
+    for trait in ("curious", "cautious"):
+        shown = [record["shown"][trait] for record in curves[trait]]
+        assert shown == sorted(shown) and shown[0] < shown[2]
+        assert curves["blend"][1]["shown"][trait] > curves[trait][1]["shown"][trait]
+    assert curves["blend"][0]["grammar"]["rate"] == 1 and curves["blend"][2]["grammar"]["rate"] < 0.2
+    steering = example("steering")
+    assert len(steering.before_collapse(curves["blend"])) < 3
+    first = example("_common").conditions(result)
+    assert "speed" not in first and "16 replies" in first
+
+
+def test_a_step_down_of_a_curve_is_named_unless_it_may_be_chance(example):
+    steering = example("steering")
+    steps = [{"coefficient": c, "shown": {"vivid": n}} for c, n in ((1, 50), (2, 48), (3, 20), (4, 90))]
+    assert steering.falls(steps, "vivid", 100) == ["vivid from 2 to 3"]
+
+
+def test_the_coefficient_of_the_comparison_has_to_be_measured(example, capsys):
+    common = example("_common")
+    assert common.run(example("steering").main, ["--coefficients", "1", "2", "--at", "3"]) == 2
+    assert "--at 3: not one of --coefficients" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_json_but_for_the_clock(results, example, capsys):
@@ -150,13 +183,13 @@ def test_without_matplotlib_a_plot_that_was_asked_for_is_refused(example, capsys
 
 def test_the_page_is_filled_between_its_marks(results, example, tmp_path, capsys):
     page = tmp_path / "page.md"
-    marks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in SMALL]
+    marks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in (*SMALL, "steering")]
     page.write_text("\n\nkept\n\n".join(marks), encoding="utf-8")
     report, run = example("report"), example("_common").run
     assert run(report.main, [str(results[1]), str(page)]) == 0
     text = page.read_text(encoding="utf-8")
-    assert "old" not in text and text.count("kept") == 2 and "| scr linear |" in text and "| block k=8 |" in text
-    assert len(list(tmp_path.glob("page-*.png"))) == 3
+    assert "old" not in text and text.count("kept") == 3 and "| scr linear |" in text and "| block k=8 |" in text
+    assert len(list(tmp_path.glob("page-*.png"))) == 4
 
     page.write_text("no marks", encoding="utf-8")
     assert run(report.main, [str(results[1]), str(page)]) == 2
