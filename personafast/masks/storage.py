@@ -2,7 +2,7 @@
 
 `masks.safetensors` holds a tensor a mask and linear, named `mask::linear`: int32 [out, ceil(in / 32)] is the mask
 itself, uint8 [n] its difference from the base (`masks/delta.py`). `mask_base.safetensors` holds the base by linear. A
-linear has a base where that makes the whole smaller, and a mask is stored as a difference where that is the smaller one.
+linear has a base where that makes the whole smaller, and a mask is stored as a difference where that is smaller.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def build(
         other = read_texts(against, side="negative" if same else "positive", containing=containing)
     target = PersonaLibrary.from_pretrained(library) if (library / "library.json").is_file() else None
 
-    net, tokenizer, _ = load_model(model, dtype, device)
+    net, tokenizer, _ = load_model(model, dtype, device, dense=True)
     shape = anatomy(net).shape
     if target is None:
         target = PersonaLibrary(shape)

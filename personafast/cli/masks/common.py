@@ -1,4 +1,4 @@
-"""Masks named on the command line."""
+"""Masks and libraries of masks named on the command line."""
 
 from __future__ import annotations
 
