@@ -1,8 +1,8 @@
 """A compressed checkpoint: of the masked linears only what the mask keeps, as `ops.compress` lays it out.
 
 The folder is a transformers checkpoint but for its weights. `compressed-*.safetensors` hold `linear.weight::values`,
-`::bitmap` and `::row_offsets` for every masked linear, and everything else of the model under its own name; tied weights
-are held once. transformers finds no weights there and refuses the folder, rather than making some up.
+`::bitmap` and `::row_offsets` for every masked linear, and everything else of the model under its own name; tied
+weights are held once. transformers finds no weights there and refuses the folder, rather than making some up.
 """
 
 from __future__ import annotations

@@ -115,10 +115,11 @@ def _best_low_bits(gaps: np.ndarray) -> int:
 def _numbers(planes: np.ndarray, count: int) -> np.ndarray:
     """Packed planes of bits, uint8 [k, ceil(count / 8)], least significant first, as `count` numbers."""
     # The narrower the numbers, the less memory is touched.
-    width = np.uint8 if len(planes) <= 8 else np.uint32
-    found = np.zeros(count, dtype=width)
+    width = np.dtype(np.uint8 if len(planes) <= 8 else np.uint32)
+    found: np.ndarray = np.zeros(count, dtype=width)
     for place, plane in enumerate(planes):
-        found |= np.unpackbits(plane, count=count, bitorder="little").astype(width) << width(place)
+        bits = np.unpackbits(plane, count=count, bitorder="little").astype(width)
+        np.bitwise_or(found, np.left_shift(bits, place, dtype=width), out=found)
     return found
 
 

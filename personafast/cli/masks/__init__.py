@@ -1,4 +1,4 @@
-"""`personafast masks`: cut persona subnetworks out of a model, compare them, make checkpoints of them. One file a command."""
+"""`personafast masks`: cut persona subnetworks out of a model, compare them, make checkpoints of them."""
 
 from __future__ import annotations
 

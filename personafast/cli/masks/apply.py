@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from personafast.cli.masks.common import mask_of
+from personafast.cli.masks.common import check_model, mask_of
 
 EXAMPLE = (
     "**A checkpoint that holds only what a persona keeps, and a word from it:**\n\n"
@@ -41,9 +41,7 @@ def apply(
     found = PersonaLibrary.from_pretrained(library)
     chosen = mask_of(found, mask, library)
     net, tokenizer, _ = load_model(model, dtype, device, dense=True)
-    alone = PersonaLibrary(found.shape)
-    alone.add_mask(mask, chosen) if not chosen.metadata.get("experts") else None
-    alone.check(anatomy(net))
+    check_model(library, found, anatomy(net).shape)
     size = int(shard_size * 1e9)
     if compressed:
         export_compressed(net, chosen, output, tokenizer=tokenizer, replace=replace, max_shard_bytes=size)

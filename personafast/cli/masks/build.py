@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from personafast.cli.masks.common import check_model
 from personafast.cli.options import assignments
 from personafast.cli.progress import progress_bar
 from personafast.errors import PersonafastError
@@ -99,8 +100,7 @@ def build(
     shape = anatomy(net).shape
     if target is None:
         target = PersonaLibrary(shape)
-    if target.shape not in (None, shape):
-        raise PersonafastError(f"--library {library}: made for another model; give another folder")
+    check_model(library, target, shape)
     common: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length}
     gathered = _gather(net, tokenizer, own, statistics, name, common)
     options: dict[str, Any] = {

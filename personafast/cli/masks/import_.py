@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from personafast.cli.masks.common import check_model
 from personafast.errors import PersonafastError
 
 EXAMPLE = (
@@ -48,8 +49,7 @@ def import_(
     shape = anatomy(net).shape
     if target is None:
         target = PersonaLibrary(shape)
-    if target.shape not in (None, shape):
-        raise PersonafastError(f"--library {library}: made for another model; give another folder")
+    check_model(library, target, shape)
     found = read_authors_masks(folder, net, partial=partial, leave_out=leave_out or ())
     if persona is not None:
         if persona not in found:
