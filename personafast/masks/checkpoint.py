@@ -227,18 +227,24 @@ def _install(
 
 
 def _fill(folder: Path, model: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-    if unknown:
-        raise FormatError(f"{folder}: holds {unknown[0]!r}, which config.json's model lacks; export it again")
+    keys = model.load_state_dict(tensors, strict=False, assign=True)
+    if keys.unexpected_keys:
+        raise FormatError(
+            f"{folder}: holds {keys.unexpected_keys[0]!r}, which config.json's model lacks; export it again"
+        )
     model.tie_weights()
-    for name, module in model.named_modules():
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(weights[name]) for name in tensors if name in weights}
+    for name in keys.missing_keys:
+        path, _, key = name.rpartition(".")
+        compressed = key == "weight" and "_personafast_compressed" in model.get_submodule(path).__dict__
+        tied = id(weights.get(name)) in read
+        if not compressed and not tied:
+            raise FormatError(f"{folder}: lacks the weight {name}; copy or export it again")
+    for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            compressed = key == "weight" and "_personafast_compressed" in module.__dict__
-            if tensor is not None and tensor.is_meta and not compressed:
-                raise FormatError(f"{folder}: lacks the weight {name}.{key}; copy or export it again")
 
 
 def _load_generation_config(folder: Path, model: Any) -> None:
