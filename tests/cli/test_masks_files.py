@@ -77,9 +77,7 @@ def test_a_checkpoint_with_the_mask_applied_says_what_the_mask_says(cli, checkpo
     assert cast.exit_code == 0 and json.loads(cast.stdout)["reply"]
 
 
-def test_a_compressed_one_takes_vectors_and_is_refused_where_dense_weights_are_needed(
-    cli, checkpoint, library, tmp_path
-):
+def test_a_compressed_one_takes_vectors_but_no_mask(cli, checkpoint, library, tmp_path):
     out, vectors = tmp_path / "out", tmp_path / "vectors"
     apply = ("masks", "apply", "--model", checkpoint, "--library", library, "--mask", "power-seek", "--compressed")
     assert cli(*apply, "--output", out).exit_code == 0
