@@ -92,8 +92,8 @@ def _read(file: Path, features: tuple[int, int]) -> torch.Tensor:
         raise FormatError(
             f"{file}: truncated or not a tensor of torch.save ({reason[0] if reason else error!r}); copy it again"
         ) from None
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        what = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.layout != torch.strided:
+        what = f"{mask.dtype} ({mask.layout})" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise FormatError(f"{file}: holds {what}, expected a bool tensor [out, in]; save it with .bool()")
     if tuple(mask.shape) != features:
         raise FormatError(f"{file}: is {list(mask.shape)}, the model's linear is {list(features)}; give its own model")

@@ -96,6 +96,7 @@ def overwrite(name, value):
     [
         (overwrite(f"M_seek_{Q}.pt", torch.ones(32, 32)), r"holds torch\.float32, expected a bool tensor"),
         (overwrite(f"M_seek_{Q}.pt", torch.ones(32, 32, dtype=torch.uint8)), r"holds torch\.uint8"),
+        (overwrite(f"M_seek_{Q}.pt", torch.ones(32, 32, dtype=torch.bool).to_sparse()), r"torch\.bool \(.*sparse_coo"),
         (overwrite(f"M_seek_{Q}.pt", [True]), "holds list, expected a bool tensor"),
         (overwrite(f"M_seek_{Q}.pt", torch.ones(32, 31, dtype=torch.bool)), r"is \[32, 31\], .* is \[32, 32\]"),
         (overwrite(f"M_seek_{Q}.pt", torch.ones(32 * 32, dtype=torch.bool)), r"is \[1024\]"),
