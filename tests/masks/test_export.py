@@ -241,10 +241,12 @@ def test_a_loaded_one_can_be_copied_saved_dense_and_cast(net, ids, tmp_path):
         pf.attach(again, library_of(net, mask))
 
 
-def test_only_some_linears(net, ids, tmp_path):
+def test_only_some_linears(net, tmp_path):
+    net.generation_config.max_new_tokens = 7
     mask = random_mask(net, names=("mlp.up_proj", "0.self_attn.q_proj"))
     export_compressed(net, mask, tmp_path / "out")
     again = load_compressed(tmp_path / "out")
+    assert again.generation_config.max_new_tokens == 7
     assert sum(p.is_meta for p in again.parameters()) == tiny.BLOCKS + 1
     for name, value in net.named_parameters():
         if name.removesuffix(".weight") not in mask.words:

@@ -46,6 +46,24 @@ def test_the_ends_of_a_mask_and_bits_beyond_its_width_are_kept():
         assert torch.equal(delta.decode(delta.encode(words, base), base), words)
 
 
+def test_a_difference_from_a_larger_mask_is_refused():
+    base = torch.zeros(2, 3, dtype=torch.int32)
+    words = base.clone()
+    words[1, 2] = 1
+    with pytest.raises(pf.FormatError, match="does not fit its base"):
+        delta.decode(delta.encode(words, base), base[:, :2].contiguous())
+
+
+@pytest.mark.parametrize("share", [0.001, 0.0134, 0.05, 0.2, 0.6])
+def test_no_other_number_of_low_bits_is_smaller(share):
+    bits = torch.rand(100_000, generator=draw(5)) < share
+    places = bits.nonzero().flatten()
+    gaps = places.diff(prepend=torch.tensor([-1])) - 1
+    sizes = [k * -(-len(gaps) // 8) + -(-(int((gaps >> k).sum()) + len(gaps)) // 8) for k in range(24)]
+    words = pf.ops.pack_mask(bits[None])
+    assert len(delta.encode(words, torch.zeros_like(words))) == delta.HEAD_BYTES + min(sizes)
+
+
 def test_the_layout_of_a_difference():
     """Places 0, 5 and 70: gaps 0, 4 and 64, of which k = 4 bits each lie in planes and the quotients are 0, 0, 4."""
     words = torch.tensor([[0b100001, 0, 1 << 6]], dtype=torch.int32)
