@@ -134,7 +134,7 @@ class PersonaLibrary:
         """Raise `PersonafastError` when the persona names what is neither in the library nor among `policies`."""
         all_policies = {*self._policies, *policies}
         for what, asked, known in (
-            ("vector", persona.vectors, set(self._vectors)),
+            ("vector", _vectors_of(persona), set(self._vectors)),
             ("policy", persona.policies, all_policies),
             ("policy", [persona.base] if persona.base else [], all_policies),
             ("mask", [persona.mask] if persona.mask else [], set(self._masks)),
@@ -291,3 +291,7 @@ def _fit_mask(name: str, mask: PersonaMask, parts: Anatomy) -> None:
                 f"masks[{name!r}]: {path} is [{words.shape[0]}, {mask.in_features[path]}] there and {list(found)} in "
                 "the model; build it on this model"
             )
+
+
+def _vectors_of(persona: Persona) -> list[str]:
+    return [*persona.vectors, *(name for step in persona.steering for name in step.vectors)]

@@ -35,7 +35,7 @@ def best_of_rows(levels: Levels, keep: int) -> torch.Tensor:
     missing = torch.full((rows, 1), keep)
     for index, level in enumerate(levels):
         if bool((missing == undecided.sum(1, keepdim=True)).all()):
-            break
+            return chosen | undecided
         scores = level if index == 0 else level.masked_fill(~undecided, -1.0)
         ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
         # A row that has all it needs has a threshold that nothing reaches.
@@ -45,7 +45,11 @@ def best_of_rows(levels: Levels, keep: int) -> torch.Tensor:
         chosen |= above
         missing = missing - above.sum(1, keepdim=True)
         undecided &= scores == threshold
-    return chosen | (undecided & (undecided.cumsum(1) <= missing))
+    # Counting along the rows costs as much as all the rest, and only rows with ties that matter need it.
+    tied = (undecided.sum(1, keepdim=True) > missing).squeeze(1)
+    if bool(tied.any()):
+        undecided[tied] &= undecided[tied].cumsum(1) <= missing[tied]
+    return chosen | undecided
 
 
 def best_of_all(pieces: Sequence[Callable[[], Levels]], keep: int) -> list[torch.Tensor]:

@@ -10,24 +10,22 @@ import torch
 from torch import nn
 
 from personafast import ops
-from personafast.errors import UnsupportedModelError
 
 
 def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device a module computes in, even if its weights are quantised or have been compressed."""
-    compressed = module.__dict__.get("_personafast_compressed")
-    if compressed is not None:
-        return compressed.values.dtype, compressed.values.device
-    parameter = next((p for p in module.parameters() if not p.is_meta), None)
-    if parameter is None:
-        part = next((part for part in module.modules() if "_personafast_compressed" in part.__dict__), None)
-        if part is None:
-            raise UnsupportedModelError(
-                f"model: no weight of a {type(module).__name__} is in memory (meta: offloaded or not loaded); vectors "
-                "and policies need a model that is loaded whole"
-            )
-        return home(part)
-    return parameter.dtype if parameter.is_floating_point() else torch.bfloat16, parameter.device
+    """The dtype and device that a module's activations are likely to have.
+
+    Weights tell it as long as they are numbers in memory. Quantised ones have a dtype of their own: their scales and
+    biases speak then. Where all are away (offloaded, on meta) it is float32 on the CPU: what is made there follows the
+    activations once it sees them.
+    """
+    compressed = [part.__dict__.get("_personafast_compressed") for part in module.modules()]
+    values = [found.values for found in compressed if found is not None]
+    weights = [parameter for parameter in module.parameters() if not parameter.is_meta]
+    known = weights + values + [buffer for buffer in module.buffers() if not buffer.is_meta]
+    dtype = next((tensor.dtype for tensor in known if tensor.is_floating_point() and tensor.dtype.itemsize > 1), None)
+    device = known[0].device if known else torch.device("cpu")
+    return dtype or torch.float32, device
 
 
 @dataclass(frozen=True)
