@@ -121,6 +121,39 @@ def test_experts_are_masked_too(tmp_path):
         export_compressed(net, mask, tmp_path / "compressed")
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("MixtralConfig", {**NARROW, "num_local_experts": 3}),
+        ("Phi3Config", NARROW),
+        ("Gemma3TextConfig", {**NARROW, "head_dim": 8}),
+        ("OPTConfig", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32}),
+        ("BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        ("GPTJConfig", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 32}),
+    ],
+)
+def test_what_a_model_computes_for_itself_is_there_after_loading(config, options, ids, tmp_path):
+    """Rotary frequencies, slopes, sinusoids, embedding scales, experts: in no file, or in one parameter."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    net = t.AutoModelForCausalLM.from_config(getattr(t, config)(**options)).eval()
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(6)
+    mask = random_mask(net)
+    export_masked(net, mask, tmp_path / "plain")
+    export_compressed(net, mask, tmp_path / "compressed")
+    expected = stock(tmp_path / "plain")(ids).logits
+    torch.testing.assert_close(compressed(tmp_path / "compressed")(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (net(ids).logits - expected).abs().max() > 0.5
+
+
 @torch.no_grad()
 def test_in_place_needs_no_second_copy(net, ids, tmp_path):
     mask = random_mask(net)
