@@ -20,6 +20,7 @@ from personafast.errors import FormatError
 _HEAD = struct.Struct("<QB")
 HEAD_BYTES = _HEAD.size
 _MOST_LOW_BITS = 31
+_POWERS = np.left_shift(np.uint32(1), np.arange(32, dtype=np.uint32))
 
 
 def encode(words: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -65,8 +66,11 @@ def decode(stream: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     if count:
         # ends[i] - i is the sum of the first i + 1 quotients.
         order = np.arange(count)
-        low = _numbers(data[HEAD_BYTES:split].reshape(low_bits, plane), count)
-        places = ((ends - order) << low_bits) + np.cumsum(low, dtype=np.int64) + order
+        ends -= order
+        ends <<= low_bits
+        places = np.cumsum(_numbers(data[HEAD_BYTES:split].reshape(low_bits, plane), count), dtype=np.int64)
+        places += ends
+        places += order
         if places[-1] >= 32 * len(found):
             raise FormatError("a difference of masks does not fit its base")
         _flip(found, places)
@@ -126,6 +130,6 @@ def _numbers(planes: np.ndarray, count: int) -> np.ndarray:
 def _flip(words: np.ndarray, places: np.ndarray) -> None:
     """Flip ascending bit places of uint32 words, in place."""
     at = places >> 5
-    first = np.flatnonzero(np.diff(at, prepend=-1))
-    bits = np.left_shift(np.uint32(1), (places & 31).astype(np.uint32))
+    first = np.concatenate([[0], np.flatnonzero(at[1:] != at[:-1]) + 1])
+    bits = _POWERS[places & 31]
     words[at[first]] ^= np.bitwise_or.reduceat(bits, first)
