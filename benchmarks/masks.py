@@ -8,6 +8,7 @@ saves. Writes benchmarks/results/masks.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import gc
 import itertools
@@ -184,6 +185,10 @@ def _compare(
 
 def _settled() -> int:
     gc.collect()
+    # glibc keeps what was freed for later; a process that needs it elsewhere would not.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     return resident()
 
 
