@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +72,10 @@ KINDS = (
     Kind("wanda", DOWN, "l2"),
     Kind("contrastive_sparse", DOWN, "l2"),
 )
-# Picked on seed 0: the most of the traits while most replies are grammatical. Measured with more replies than the rest.
-LOOK = {ALL: 0.4, DOWN: 0.5}
-CHOSEN = KINDS[-1]
+# Picked on seed 0: the most of the traits while most replies are grammatical.
+CHOSEN, AT = KINDS[-1], 0.5
+PLAIN = KINDS[-2].name
+COLOURS = ("#8a8f98", *c.COLOURS)
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,7 @@ class Trial:
             )
         written = self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         texts = [text.strip() for text in written]
-        return [
-            self._counted(mask, texts[index * replies : (index + 1) * replies]) for index, mask in enumerate(masks)
-        ]
+        return [self._counted(mask, texts[index * replies : (index + 1) * replies]) for index, mask in enumerate(masks)]
 
     def _counted(self, mask: Mask, texts: Sequence[str]) -> dict[str, Any]:
         sound = [is_grammatical(text) for text in texts]
@@ -171,19 +171,235 @@ def trials(args: argparse.Namespace, progress: c.Progress) -> Iterator[dict[str,
         yield {"name": DENSE, "where": "-", "sparsity": 0.0, "seed": seed, "masks": trial.hear(none, args.replies)}
         for kind, sparsity in itertools.product(KINDS, args.sparsities):
             progress(f"seed {seed}: {kind.name}, {kind.where}, {sparsity:g}")
-            replies = args.replies if sparsity == LOOK[kind.where] else args.sweep
-            heard = trial.hear(trial.masks(kind, sparsity), replies)
+            heard = trial.hear(trial.masks(kind, sparsity), args.replies)
             yield {"name": kind.name, "where": kind.where, "sparsity": sparsity, "seed": seed, "masks": heard}
+
+
+Counts = Mapping[str, Any]
+
+
+def pooled(masks: Sequence[Counts]) -> dict[str, Any]:
+    """Several masks' counts as one."""
+    found = {key: sum(mask[key] for mask in masks) for key in ("replies", "shown", "grammatical", "both")}
+    if all("opposite" in mask for mask in masks):
+        found["opposite_shown"] = sum(mask["opposite_shown"] for mask in masks)
+    return found
+
+
+class Heard:
+    """The records of a result, by what they are."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.records = records
+
+    def of(self, where: str, name: str, sparsity: float, *, trait: str | None = None, pair: bool = False) -> Any:
+        """Counts over all seeds and traits, of one trait, or of the opposing pair; None where there are none."""
+        found = [
+            mask
+            for record in self.records
+            if (record["where"], record["name"], record["sparsity"]) == (where, name, sparsity)
+            for mask in record["masks"]
+            if ("opposite" in mask) == pair and trait in (None, mask["trait"])
+        ]
+        return pooled(found) if found else None
+
+    def dense(self, trait: str | None = None) -> Any:
+        """Counts of the model without a mask."""
+        return self.of("-", DENSE, 0.0, trait=trait)
+
+
+def rate(counts: Counts, what: str = "shown") -> dict[str, float]:
+    """A share of the replies with its limits."""
+    return wilson(counts[what], counts["replies"])._asdict()
+
+
+def less(one: Counts, other: Counts, what: str = "shown") -> dict[str, float]:
+    """A difference of two shares with its limits."""
+    return newcombe_difference(one[what], one["replies"], other[what], other["replies"])._asdict()
+
+
+def separation(pair: Counts) -> dict[str, float]:
+    """How much more often the masks of the pair show their own trait than the other's; limits as of separate shares."""
+    return newcombe_difference(pair["shown"], pair["replies"], pair["opposite_shown"], pair["replies"])._asdict()
+
+
+def apart(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """The difference of two independent estimates with limits, by the rule of Newcombe's method 10."""
+    difference = one["rate"] - other["rate"]
+    return {
+        "rate": difference,
+        "low": difference - math.hypot(one["rate"] - one["low"], other["high"] - other["rate"]),
+        "high": difference + math.hypot(one["high"] - one["rate"], other["rate"] - other["low"]),
+    }
+
+
+def report(result: Mapping[str, Any]) -> c.Report:
+    """The tables, the plot and what follows."""
+    settings, heard = result["settings"], Heard(result["methods"])
+    sweep, pairs, singles = [], [], []
+    dense = heard.dense()
+    for kind, sparsity in itertools.product(KINDS, settings["sparsities"]):
+        counts = heard.of(kind.where, kind.name, sparsity)
+        row = {"where": kind.where, "name": kind.name, "sparsity": sparsity, "counts": counts}
+        row["random"] = None if kind.score == "random" else heard.of(kind.where, "random", sparsity)
+        sweep.append(row)
+        if kind.score != "random":
+            plain = next(each for each in KINDS if (each.score, each.where) == ("wanda", kind.where))
+            pair, against = (heard.of(kind.where, each.name, sparsity, pair=True) for each in (kind, plain))
+            pairs.append({**row, "counts": pair, "plain": against if kind.contrastive else None})
+    for trait in settings["traits"]:
+        found = {
+            name: heard.of(CHOSEN.where, name, settings["at"], trait=trait) for name in (CHOSEN.name, "random", PLAIN)
+        }
+        singles.append({"trait": trait, "dense": heard.dense(trait), **found})
+    sections = [
+        c.Section("Replies that show the trait of their mask, all traits together", _sweep_columns(dense), sweep),
+        c.Section(f"Trait by trait, {CHOSEN.name} on {CHOSEN.where} at {settings['at']:g}", _single_columns(), singles),
+        c.Section(f"The opposing pair {' and '.join(PAIR)}, each mask made against the other", _pair_columns(), pairs),
+    ]
+    findings = [*_carried(heard, settings, singles), *_separated(pairs)]
+    said = (
+        f"{settings['replies']} replies a mask and seed, seeds {', '.join(map(str, settings['seeds']))}, each with its "
+        f"own {settings['texts']} calibration texts a side, random masks and questions; temperature "
+        f"{settings['temperature']:g}, min-p {settings['min_p']:g}; 95 % intervals (Wilson, differences by Newcombe)."
+    )
+    return c.Report(sections, findings, lambda figure: _draw(figure, settings, sweep, pairs, dense), said)
+
+
+def _carried(heard: Heard, settings: Mapping[str, Any], singles: Sequence[Mapping[str, Any]]) -> list[str]:
+    own, blind, plain = (heard.of(CHOSEN.where, name, settings["at"]) for name in (CHOSEN.name, "random", PLAIN))
+    dense, sound = heard.dense(), c.percent(rate(own, "grammatical")["rate"])
+    clear = [
+        row["trait"]
+        for row in singles
+        if less(row[CHOSEN.name], row["random"])["low"] > 0 and less(row[CHOSEN.name], row["dense"])["low"] > 0
+    ]
+    rest = [row["trait"] for row in singles if row["trait"] not in clear]
+    asked = zoo.info()["quality"]["prompts"]
+    prompt = sum(asked[each][each] for each in settings["traits"]) / len(settings["traits"])
+    return [
+        f"{CHOSEN.name} on {CHOSEN.where} at {settings['at']:g} shows its trait in {c.percent(rate(own)['rate'], 1)} "
+        f"of replies, {c.points(less(own, blind))} against random masks of the same sparsity and "
+        f"{c.points(less(own, dense))} against no mask; {sound} of replies are grammatical.",
+        f"The plain mask there ({PLAIN}): {c.points(less(plain, blind))} and {c.points(less(plain, dense))}.",
+        f"Trait by trait, both intervals clear of 0: {', '.join(clear) or 'none'}; not: {', '.join(rest) or 'none'}.",
+        f"A system prompt that asks for the trait gets it in {c.percent(prompt)} of this model's replies, so a mask is "
+        "no substitute for one here.",
+    ]
+
+
+def _separated(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    better: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in pairs:
+        if row["plain"] is None:
+            continue
+        gain = apart(separation(row["counts"]), separation(row["plain"]))
+        verdict = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no clear difference"
+        of = better.setdefault((row["where"], row["name"]), {})
+        of.setdefault(verdict, []).append(f"{row['sparsity']:g}")
+    return [
+        f"Told apart against the plain masks on {where}, {name}: "
+        + "; ".join(f"{verdict} at {', '.join(at)}" for verdict, at in of.items())
+        + "."
+        for (where, name), of in better.items()
+    ]
+
+
+def _kind_columns() -> list[c.Column]:
+    return [
+        c.Column("linears", lambda r: r["where"]),
+        c.Column("mask", lambda r: r["name"]),
+        c.Column("sparsity", lambda r: f"{r['sparsity']:g}"),
+    ]
+
+
+def _sweep_columns(dense: Counts) -> list[c.Column]:
+    return [
+        *_kind_columns(),
+        c.Column("shows it [95 %]", lambda r: c.interval(rate(r["counts"]))),
+        c.Column("less random", lambda r: "-" if r["random"] is None else _points(less(r["counts"], r["random"]))),
+        c.Column("less no mask", lambda r: _points(less(r["counts"], dense))),
+        c.Column("grammar", lambda r: c.percent(rate(r["counts"], "grammatical")["rate"])),
+        c.Column("shows it, grammatical", lambda r: c.interval(rate(r["counts"], "both"))),
+    ]
+
+
+def _single_columns() -> list[c.Column]:
+    name = CHOSEN.name
+    return [
+        c.Column("trait", lambda r: r["trait"]),
+        c.Column("no mask", lambda r: c.interval(rate(r["dense"]))),
+        c.Column("random", lambda r: c.interval(rate(r["random"]))),
+        c.Column(PLAIN, lambda r: c.interval(rate(r[PLAIN]))),
+        c.Column(name, lambda r: c.interval(rate(r[name]))),
+        c.Column("less random", lambda r: _points(less(r[name], r["random"]))),
+        c.Column("less no mask", lambda r: _points(less(r[name], r["dense"]))),
+        c.Column("grammar", lambda r: c.percent(rate(r[name], "grammatical")["rate"])),
+    ]
+
+
+def _pair_columns() -> list[c.Column]:
+    return [
+        *_kind_columns(),
+        c.Column("own trait", lambda r: c.interval(rate(r["counts"]))),
+        c.Column("the other's", lambda r: c.interval(rate(r["counts"], "opposite_shown"))),
+        c.Column("apart", lambda r: _points(separation(r["counts"]))),
+        c.Column(
+            "less plain",
+            lambda r: "-" if r["plain"] is None else _points(apart(separation(r["counts"]), separation(r["plain"]))),
+        ),
+        c.Column("grammar", lambda r: c.percent(rate(r["counts"], "grammatical")["rate"])),
+    ]
+
+
+def _points(value: Mapping[str, float]) -> str:
+    return f"{100 * value['rate']:+.0f} [{100 * value['low']:+.0f}, {100 * value['high']:+.0f}]"
+
+
+def _draw(figure: Any, settings: Mapping[str, Any], sweep: Any, pairs: Any, dense: Counts) -> None:
+    places = settings["sparsities"]
+    panels = figure.subplots(1, 3)
+    for axes, where in zip(panels, (ALL, DOWN), strict=False):
+        for name, colour in zip(dict.fromkeys(r["name"] for r in sweep if r["where"] == where), COLOURS, strict=False):
+            mine = [row["counts"] for row in sweep if (row["where"], row["name"]) == (where, name)]
+            _band(axes, places, [rate(counts) for counts in mine], colour, name)
+            axes.plot(places, [100 * rate(counts, "grammatical")["rate"] for counts in mine], ":", color=colour, lw=1.2)
+        axes.axhline(100 * rate(dense)["rate"], color=c.INK, lw=0.8)
+        axes.set_title(f"{where}: % that show the trait (band), grammatical (dots)", size=9, color=c.INK)
+        axes.set_ylim(-2, 102)
+    for where, style in ((ALL, "--"), (DOWN, "-")):
+        names = dict.fromkeys(row["name"] for row in pairs if row["where"] == where)
+        for name, colour in zip(names, COLOURS[1:], strict=False):
+            mine = [row["counts"] for row in pairs if (row["where"], row["name"]) == (where, name)]
+            _band(panels[2], places, [separation(counts) for counts in mine], colour, f"{name}: {where}", style)
+    panels[2].set_title(f"{' and '.join(PAIR)} told apart, points", size=9, color=c.INK)
+    for axes in panels:
+        axes.set_xlabel("sparsity", color=c.INK)
+        axes.legend(frameon=False, fontsize=7)
+
+
+def _band(axes: Any, places: Any, values: Any, colour: str, label: str, style: str = "-") -> None:
+    axes.plot(places, [100 * value["rate"] for value in values], style, color=colour, label=label, lw=1.8)
+    low, high = ([100 * value[end] for value in values] for end in ("low", "high"))
+    axes.fill_between(places, low, high, color=colour, alpha=0.12, lw=0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    parser = c.arguments(__doc__, name="masks", replies=40, traits=tuple(TRAITS), repeats=1)
-    parser.add_argument("--sweep", type=int, default=12, help="replies a mask at all other sparsities (12)")
-    parser.add_argument("--texts", type=int, default=128, help="calibration texts a side (128)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="SEED", help="1 2 3")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES), metavar="S")
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--replies", type=int, default=60, help="replies a mask and seed (60)")
+    parser.add_argument("--traits", nargs="+", default=list(TRAITS), metavar="TRAIT", help=" ".join(TRAITS))
+    parser.add_argument("--texts", type=int, default=96, help="calibration texts a side (96)")
+    parser.add_argument("--at", type=float, default=AT, help=f"sparsity of the table trait by trait ({AT:g})")
+    c.grid(parser, SEEDS, SPARSITIES)
+    c.outputs(parser, "masks")
     args = parser.parse_args(argv)
+    c.check(args, at_least=1, together=False)
+    c.check_grid(args)
+    if args.texts < 2:
+        raise PersonafastError(f"--texts {args.texts}: give at least 2")
+    if args.at not in args.sparsities:
+        raise PersonafastError(f"--at {args.at:g}: not one of --sparsities; add it there")
     return args
 
 
@@ -192,9 +408,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     with c.Steps(len(args.seeds) * (2 + len(KINDS) * len(args.sparsities))) as progress:
         records = list(trials(args, progress))
-    result = {"experiment": "masks", "settings": c.settings(args, sweep=args.sweep, texts=args.texts, seeds=args.seeds, sparsities=args.sparsities, look=LOOK), "methods": records}
-    import json
-    print(json.dumps(result))
+    settings = {
+        "traits": args.traits,
+        "replies": args.replies,
+        "texts": args.texts,
+        "seeds": args.seeds,
+        "sparsities": args.sparsities,
+        "at": args.at,
+        "temperature": c.TEMPERATURE,
+        "min_p": c.MIN_P,
+        "max_new_tokens": c.MAX_NEW_TOKENS,
+        "machine": c.machine(),
+    }
+    result = {"experiment": "masks", "settings": settings, "methods": records}
+    c.deliver(args, result, report(result))
 
 
 if __name__ == "__main__":
