@@ -9,7 +9,10 @@ mask; and how well the two masks of the opposing pair formal and casual are told
 seed draws its own calibration texts, random masks and questions. Noise makes detectors fire too, so each figure stands
 beside the share of grammatical replies, and of replies that are grammatical and show the trait.
 
-Settings were picked on seed 0, which is not among the reported ones. What was tried there is in `TRIED`.
+Settings were picked on seed 0, which is not among the reported ones. Tried there, besides the kinds below: the other
+statistics; tokens of prompts too; calibration without the trait's system prompt; four times the texts; groups by layer
+and global; attention alone, MLP alone, single projections and single blocks; soft gates. `docs/examples.md` says how it
+went.
 """
 
 from __future__ import annotations
@@ -255,7 +258,11 @@ def report(result: Mapping[str, Any]) -> c.Report:
     sections = [
         c.Section("Replies that show the trait of their mask, all traits together", _sweep_columns(dense), sweep),
         c.Section(f"Trait by trait, {CHOSEN.name} on {CHOSEN.where} at {settings['at']:g}", _single_columns(), singles),
-        c.Section(f"The opposing pair {' and '.join(PAIR)}, each mask made against the other", _pair_columns(), pairs),
+        c.Section(
+            f"The opposing pair {' and '.join(PAIR)} (contrastive masks are made against each other)",
+            _pair_columns(),
+            pairs,
+        ),
     ]
     findings = [*_carried(heard, settings, singles), *_separated(pairs)]
     said = (
@@ -281,6 +288,8 @@ def _carried(heard: Heard, settings: Mapping[str, Any], singles: Sequence[Mappin
         f"{CHOSEN.name} on {CHOSEN.where} at {settings['at']:g} shows its trait in {c.percent(rate(own)['rate'], 1)} "
         f"of replies, {c.points(less(own, blind))} against random masks of the same sparsity and "
         f"{c.points(less(own, dense))} against no mask; {sound} of replies are grammatical.",
+        f"Grammatical replies that show it: {c.points(less(own, blind, 'both'))} against random masks and "
+        f"{c.points(less(own, dense, 'both'))} against no mask.",
         f"The plain mask there ({PLAIN}): {c.points(less(plain, blind))} and {c.points(less(plain, dense))}.",
         f"Trait by trait, both intervals clear of 0: {', '.join(clear) or 'none'}; not: {', '.join(rest) or 'none'}.",
         f"A system prompt that asks for the trait gets it in {c.percent(prompt)} of this model's replies, so a mask is "
