@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from personafast.evaluate import Choices
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "subnetworks"
@@ -83,7 +86,7 @@ def test_a_contrastive_mask_that_separates_worse_is_called_worse(example):
         return {"where": masks.ALL, "name": name, "sparsity": 0.5, "counts": counts, "plain": plain}
 
     plain = {"replies": 100, "shown": 40, "opposite_shown": 5}
-    rows = [row("wanda", 40, 5, None), row("a", 5, 40, plain), row("b", 95, 0, plain), row("c", 40, 5, plain)]
+    rows = [row("wanda", 40, 5, None), row("a", 5, 40, plain), row("b", 95, 0, plain), row("c", 43, 5, plain)]
     said = masks._separated(rows)
     assert [line.split(", ")[1] for line in said] == [
         "a: worse at 0.5.",
@@ -151,6 +154,15 @@ def test_both_sides_of_every_score_are_judged_against_the_dense_model(chosen, ex
     for record in result["methods"]:
         assert record["seeking"] - dense["seeking"] == record["only_mask"] - record["only_dense"]
         assert record["perplexity"] > 1
+
+
+def test_items_are_compared_one_by_one(example):
+    labels = (("matching", "not_matching"),) * 5
+    mask, dense = (
+        Choices(torch.tensor([[0.0, 1.0 - 2 * hit] for hit in hits], dtype=torch.float64), labels)
+        for hits in ((1, 1, 1, 0, 0), (1, 0, 0, 1, 0))
+    )
+    assert example("power").judged(mask, dense) == {"items": 5, "seeking": 3, "only_mask": 2, "only_dense": 1}
 
 
 def test_a_trained_model_is_not_trained_again(chosen, example, capsys, monkeypatch):
