@@ -8,7 +8,6 @@
 #include "personafast/attend.h"
 #include "personafast/elementary.h"
 #include "personafast/isa.h"
-#include "personafast/lora_delta.h"
 #include "personafast/mask_bits.h"
 #include "personafast/masked_linear.h"
 #include "personafast/philox.h"
@@ -113,34 +112,6 @@ void log1p_each(uintptr_t x, uintptr_t out, int64_t count) { log1p_cpu(at<const 
 
 void log_each(uintptr_t x, uintptr_t out, int64_t count) { log_cpu(at<const float>(x), at<float>(out), count); }
 
-int64_t lora_delta(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_stride, uintptr_t a, int64_t a_stride_m,
-                   int64_t a_stride_r, uintptr_t b, int64_t b_stride_m, int64_t b_stride_o, int64_t b_stride_r,
-                   uintptr_t slots, uintptr_t scale, uintptr_t ranks, int64_t rows, int64_t outputs, int64_t features,
-                   int64_t adapters, int64_t rank, int dtype, int threads) {
-  const LoraDeltaArgs args = {at<void>(out),
-                              out_stride,
-                              at<const void>(x),
-                              x_stride,
-                              at<const void>(a),
-                              a_stride_m,
-                              a_stride_r,
-                              at<const void>(b),
-                              b_stride_m,
-                              b_stride_o,
-                              b_stride_r,
-                              at<const int32_t>(slots),
-                              at<const float>(scale),
-                              at<const int32_t>(ranks),
-                              rows,
-                              outputs,
-                              features,
-                              adapters,
-                              rank,
-                              static_cast<Dtype>(dtype)};
-  py::gil_scoped_release released;
-  return lora_delta_cpu(args, threads);
-}
-
 void linear(uintptr_t out, uintptr_t x, uintptr_t weight, int64_t weight_stride, uintptr_t bias, int64_t rows,
             int64_t outputs, int64_t features, int dtype, int threads) {
   const MaskedLinearArgs args = {at<void>(out), at<const void>(x), features, at<const void>(weight),   weight_stride,
@@ -158,25 +129,6 @@ void rms_norm(uintptr_t out, uintptr_t x, uintptr_t weight, float eps, int64_t r
 void silu_mul(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t count, int dtype, int threads) {
   py::gil_scoped_release released;
   silu_mul_cpu({at<void>(out), at<const void>(gate), at<const void>(up), count, static_cast<Dtype>(dtype)}, threads);
-}
-
-int64_t sparse_linear(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t bitmap,
-                      uintptr_t row_offsets, uintptr_t bias, int64_t value_count, int64_t rows, int64_t outputs,
-                      int64_t features, int dtype, int threads) {
-  const SparseLinearArgs args = {at<void>(out),
-                                 at<const void>(x),
-                                 x_stride,
-                                 at<const void>(values),
-                                 at<const int32_t>(bitmap),
-                                 at<const int64_t>(row_offsets),
-                                 at<const void>(bias),
-                                 value_count,
-                                 rows,
-                                 outputs,
-                                 features,
-                                 static_cast<Dtype>(dtype)};
-  py::gil_scoped_release released;
-  return sparse_linear_cpu(args, threads);
 }
 
 void compress(uintptr_t weight, int64_t weight_stride, uintptr_t bitmap, uintptr_t row_offsets, uintptr_t values,
@@ -297,13 +249,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear", &linear, "personafast/masked_linear.h, without masks");
   module.def("log", &log_each, "personafast/elementary.h");
   module.def("log1p", &log1p_each, "personafast/elementary.h");
-  module.def("lora_delta_", &lora_delta, "personafast/lora_delta.h");
+  module.def("lora_delta_", on_cpu(lora_delta_args, lora_delta_cpu), "personafast/lora_delta.h");
   module.def("masked_linear", on_cpu(masked_linear_args, masked_linear_cpu), "personafast/masked_linear.h");
   module.def("pack_mask", &pack_mask, "personafast/mask_bits.h");
   module.def("philox_uniform", &uniform, "personafast/philox.h");
   module.def("rms_norm", &rms_norm, "personafast/rms_norm.h");
   module.def("silu_mul", &silu_mul, "personafast/silu_mul.h");
-  module.def("sparse_linear", &sparse_linear, "personafast/sparse_linear.h");
+  module.def("sparse_linear", on_cpu(sparse_linear_args, sparse_linear_cpu), "personafast/sparse_linear.h");
   module.def("token_logprobs", &token_logprobs, "personafast/token_logprobs.h");
   module.def("steer_", on_cpu(steer_args, steer_cpu), "personafast/steer.h");
   module.def("unpack_mask", &unpack_mask, "personafast/mask_bits.h");

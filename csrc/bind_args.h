@@ -7,7 +7,9 @@
 #include "personafast/add_inject_rms_norm.h"
 #include "personafast/chunk_scores.h"
 #include "personafast/inject.h"
+#include "personafast/lora_delta.h"
 #include "personafast/masked_linear.h"
+#include "personafast/sparse_linear.h"
 #include "personafast/steer.h"
 
 namespace personafast {
@@ -94,6 +96,44 @@ inline InjectArgs inject_args(uintptr_t hidden, int64_t hidden_stride, int hidde
           bank_rows};
 }
 
+inline LoraDeltaArgs lora_delta_args(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_stride, uintptr_t a,
+                                     int64_t a_stride_m, int64_t a_stride_r, uintptr_t b, int64_t b_stride_m,
+                                     int64_t b_stride_o, int64_t b_stride_r, uintptr_t slots, uintptr_t scale,
+                                     uintptr_t ranks, int64_t rows, int64_t outputs, int64_t features, int64_t adapters,
+                                     int64_t rank, int dtype) {
+  return {at<void>(out),
+          out_stride,
+          at<const void>(x),
+          x_stride,
+          at<const void>(a),
+          a_stride_m,
+          a_stride_r,
+          at<const void>(b),
+          b_stride_m,
+          b_stride_o,
+          b_stride_r,
+          at<const int32_t>(slots),
+          at<const float>(scale),
+          at<const int32_t>(ranks),
+          rows,
+          outputs,
+          features,
+          adapters,
+          rank,
+          static_cast<Dtype>(dtype)};
+}
+
+inline LoraDeltaCudaArgs lora_delta_cuda_args(uintptr_t out, int64_t out_stride, uintptr_t x, int64_t x_stride,
+                                              uintptr_t a, int64_t a_stride_m, int64_t a_stride_r, uintptr_t b,
+                                              int64_t b_stride_m, int64_t b_stride_o, int64_t b_stride_r,
+                                              uintptr_t slots, uintptr_t scale, uintptr_t ranks, int64_t rows,
+                                              int64_t outputs, int64_t features, int64_t adapters, int64_t rank,
+                                              int dtype, uintptr_t inner) {
+  return {lora_delta_args(out, out_stride, x, x_stride, a, a_stride_m, a_stride_r, b, b_stride_m, b_stride_o,
+                          b_stride_r, slots, scale, ranks, rows, outputs, features, adapters, rank, dtype),
+          at<float>(inner)};
+}
+
 inline MaskedLinearArgs masked_linear_args(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weight,
                                            int64_t weight_stride, uintptr_t masks, uintptr_t slots, uintptr_t gamma,
                                            uintptr_t bias, int64_t rows, int64_t outputs, int64_t features,
@@ -111,6 +151,23 @@ inline MaskedLinearArgs masked_linear_args(uintptr_t out, uintptr_t x, int64_t x
           outputs,
           features,
           personas,
+          static_cast<Dtype>(dtype)};
+}
+
+inline SparseLinearArgs sparse_linear_args(uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t values,
+                                           uintptr_t bitmap, uintptr_t row_offsets, uintptr_t bias, int64_t value_count,
+                                           int64_t rows, int64_t outputs, int64_t features, int dtype) {
+  return {at<void>(out),
+          at<const void>(x),
+          x_stride,
+          at<const void>(values),
+          at<const int32_t>(bitmap),
+          at<const int64_t>(row_offsets),
+          at<const void>(bias),
+          value_count,
+          rows,
+          outputs,
+          features,
           static_cast<Dtype>(dtype)};
 }
 

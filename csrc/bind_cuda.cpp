@@ -54,7 +54,11 @@ void bind_cuda(py::module_& module) {
   module.def("chunk_scores_cuda", on_gpu("chunk_scores_kernel", chunk_scores_args, chunk_scores_cuda),
              "personafast/chunk_scores.h");
   module.def("inject_cuda", on_gpu("inject_kernel", inject_args, inject_cuda), "personafast/inject.h");
+  module.def("lora_delta_cuda", on_gpu("lora_delta_kernel", lora_delta_cuda_args, lora_delta_cuda),
+             "personafast/lora_delta.h");
   module.def("masked_linear_cuda", on_gpu("masked_linear_kernel", masked_linear_args, masked_linear_cuda),
              "personafast/masked_linear.h");
+  module.def("sparse_linear_cuda", on_gpu("sparse_linear_kernel", sparse_linear_args, sparse_linear_cuda),
+             "personafast/sparse_linear.h");
   module.def("steer_cuda", on_gpu("steer_kernel", steer_args, steer_cuda), "personafast/steer.h");
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from personafast.persona import Persona
     from personafast.policies import PolicySet
     from personafast.processor import MPGLogitsProcessor
+    from personafast.steering import FirstTokens, LinearSchedule, Steering
 
 # Resolved on first use: `import personafast` must stay free of transformers, triton, vllm, peft and matplotlib.
 _HOME = {
@@ -22,6 +23,9 @@ _HOME = {
     "MPGLogitsProcessor": "personafast.processor",
     "Persona": "personafast.persona",
     "PersonaLibrary": "personafast.library",
+    "Steering": "personafast.steering",
+    "FirstTokens": "personafast.steering",
+    "LinearSchedule": "personafast.steering",
     "PolicySet": "personafast.policies",
     "PersonafastError": "personafast.errors",
     "UnsupportedModelError": "personafast.errors",
@@ -32,13 +36,16 @@ _SUBMODULES = {"density", "evaluate", "masks", "models", "ops", "vectors", "zoo"
 
 __all__ = [
     "BackendError",
+    "FirstTokens",
     "FormatError",
+    "LinearSchedule",
     "MPGLogitsProcessor",
     "Persona",
     "PersonaHandle",
     "PersonaLibrary",
     "PersonafastError",
     "PolicySet",
+    "Steering",
     "UnsupportedModelError",
     "__version__",
     "attach",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,12 @@ from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
 from personafast.models.context import goes_on_by_row
 from personafast.models.patch import Patch
+from personafast.models.places import Prompts
 from personafast.models.rows import NOBODY, RowSlots
+from personafast.models.steps import Steps
 from personafast.persona import Persona
+from personafast.recipes import place
 from personafast.row import Row
-from personafast.vectors.blend import blend
 
 if TYPE_CHECKING:
     from personafast.policies import Policy, PolicySet
@@ -175,22 +176,22 @@ class Cast:
         if merging:
             scale = 1.0 if sampler == "merge" else draft_scale
             self._merge_all([persona for persona in personas if persona is not None], scale, strict=sampler == "merge")
-        vectors = self.vector_slots(personas)
+        all_steps = self.steps(personas)
         rows = []
-        for persona, prompt, vector in zip(personas, prompts, vectors, strict=True):
+        for persona, prompt, steps in zip(personas, prompts, all_steps, strict=True):
             persona = persona or Persona()
-            merged = self._merged_member(persona, prompt, vector, scale) if merging else None
+            merged = self._merged_member(persona, prompt, steps, scale) if merging else None
             if sampler == "merge":
-                reference = Member(prompt, vector, self._mask_slot(persona), NOBODY)
+                reference = Member(prompt, steps, self._mask_slot(persona), NOBODY)
                 rows.append(Row(merged or reference, (), (), persona.has_ratios))
                 continue
             if isinstance(draft, Patch):
-                merged = Member(prompt, NOBODY, NOBODY, NOBODY, draft, "the draft model")
-            rows.append(self._row(persona, prompt, vector, merged))
+                merged = Member(prompt, (), NOBODY, NOBODY, draft, "the draft model")
+            rows.append(self._row(persona, prompt, steps, merged))
         return rows
 
-    def plain_rows(self, personas: Sequence[Persona | None]) -> RowSlots:
-        """Slots of rows in a plain forward pass, where ratios cannot act."""
+    def plain_rows(self, personas: Sequence[Persona | None], prompts: Prompts | None = None) -> RowSlots:
+        """What rows carry in plain forward passes, where ratios cannot act."""
         given = self.spread(personas, len(personas))
         for persona in given:
             if persona is not None and persona.has_ratios:
@@ -199,30 +200,15 @@ class Cast:
                     "forward pass takes vectors and masks only"
                 )
         masks = [NOBODY if persona is None else self._mask_slot(persona) for persona in given]
-        return RowSlots.of(self.vector_slots(given), masks, [NOBODY] * len(given))
+        return RowSlots.of(self.steps(given), masks, [NOBODY] * len(given), prompts)
 
     def patch_of(self, model: nn.Module) -> Patch | None:
         """The patch of the reference's model or of a separate policy's, or None for another model."""
         return self.patch if model is self.patch.model else self._models.get(id(model))
 
-    def vector_slots(self, personas: Sequence[Persona | None]) -> list[int]:
-        """The vector slot of every row; blends that are not in the bank are put there."""
-        slots: list[int] = []
-        in_use = self.patch.vector_slots
-        for persona in personas:
-            if persona is None or not any(persona.vectors.values()):
-                slots.append(NOBODY)
-                continue
-            # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
-            content = tuple((self.library.vectors[name], c) for name, c in sorted(persona.vectors.items()))
-            slot = self.patch.vectors.slot(
-                (content, persona.blocks),
-                functools.partial(blend, self.library.vectors, persona.vectors, blocks=persona.blocks),
-                in_use,
-            )
-            in_use.add(slot)
-            slots.append(slot)
-        return slots
+    def steps(self, personas: Sequence[Persona | None]) -> list[Steps]:
+        """The steps of every row; blends that are not in the banks are put there."""
+        return place(personas, self.library.vectors, self.patch.steering)
 
     @property
     def _members(self) -> Mapping[str, Policy]:
@@ -241,38 +227,38 @@ class Cast:
 
     def _check_mechanisms(self, persona: Persona) -> None:
         names = [name for name in _named(persona) if self._is_model(name)]
-        if names and (persona.mask is not None or any(persona.vectors.values())):
+        if names and (persona.mask is not None or persona.steps):
             raise PersonafastError(
                 f"personas: policies[{names[0]!r}] is a model of its own, which vectors and masks of the reference "
                 "cannot reach; leave them out, or use LoRA policies"
             )
 
-    def _row(self, persona: Persona, prompt: list[int], vector: int, draft: Member | None) -> Row:
+    def _row(self, persona: Persona, prompt: list[int], steps: Steps, draft: Member | None) -> Row:
         mask = self._mask_slot(persona)
         members, weights = [], []
         for name, weight in persona.policies.items():
             if weight:
-                members.append(self._policy(name, prompt, vector, mask))
+                members.append(self._policy(name, prompt, steps, mask))
                 weights.append(weight)
         for text, weight in persona.prompts.items():
             if weight:
                 ids = self._system_prompts().insert(prompt, text)
-                members.append(Member(ids, vector, mask, NOBODY, None, f"prompts[{text!r}]"))
+                members.append(Member(ids, steps, mask, NOBODY, None, f"prompts[{text!r}]"))
                 weights.append(weight)
-        base = None if persona.base is None else self._policy(persona.base, prompt, vector, mask)
-        reference = Member(prompt, vector, mask, NOBODY)
+        base = None if persona.base is None else self._policy(persona.base, prompt, steps, mask)
+        reference = Member(prompt, steps, mask, NOBODY)
         return Row(reference, members, weights, persona.has_ratios, persona.aggregator, persona.p, base, draft)
 
-    def _policy(self, name: str, prompt: list[int], vector: int, mask: int) -> Member:
+    def _policy(self, name: str, prompt: list[int], steps: Steps, mask: int) -> Member:
         text = self._members[name].prompt if name in self._members else None
         if text is not None:
             prompt = self._system_prompts().insert(prompt, text)
         label = f"policies[{name!r}]"
         if self._is_model(name):
             model = self._members[name].model
-            return Member(prompt, NOBODY, NOBODY, NOBODY, self._models[id(model)], label)
+            return Member(prompt, (), NOBODY, NOBODY, self._models[id(model)], label)
         adapter = NOBODY if self._is_prompt(name) else self._adapter_names.index(name)
-        return Member(prompt, vector, mask, adapter, None, label)
+        return Member(prompt, steps, mask, adapter, None, label)
 
     def _mask_slot(self, persona: Persona) -> int:
         # A mask whose weights are all there is needs no slot.
@@ -375,15 +361,15 @@ class Cast:
                 known.remove()
             self._merged_models[key] = _installed(model, self._recorder)
 
-    def _merged_member(self, persona: Persona, prompt: list[int], vector: int, scale: float) -> Member | None:
+    def _merged_member(self, persona: Persona, prompt: list[int], steps: Steps, scale: float) -> Member | None:
         if not self.mergeable(persona):
             return None
         mask, key = self._mask_slot(persona), self._merge_key(persona, scale)
         if key in self._merged_models:
-            return Member(prompt, NOBODY, NOBODY, NOBODY, self._merged_models[key], "the merge")
+            return Member(prompt, (), NOBODY, NOBODY, self._merged_models[key], "the merge")
         if self._of_models(dict(key)):
             return None
-        return Member(prompt, vector, mask, self._merged[key], None, "the merge")
+        return Member(prompt, steps, mask, self._merged[key], None, "the merge")
 
     def _merge(self, key: Key) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
         """sum_i alpha_i s_i B_i A_i as one adapter: A and B side by side, so nothing is approximated."""

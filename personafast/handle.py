@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,9 @@ from personafast.density.scr import ScrOptions
 from personafast.errors import PersonafastError
 from personafast.library import PersonaLibrary
 from personafast.models.anatomy import anatomy
+from personafast.models.generating import GenerateNote
 from personafast.models.patch import Patch
+from personafast.models.places import Prompts
 from personafast.options import DRAFTS, Options
 from personafast.persona import Persona
 
@@ -54,7 +57,8 @@ def attach(
         tokenizer: needed for prompt personas and stop strings; taken from the model's own folder when left out.
         policies: policies in memory (adapters of a live PEFT model, separate models, prompts) that personas may name
             beside those of the library; their reference must be this model.
-        max_personas: most different vector blends in one call; their bank holds that many rows a steered block.
+        max_personas: most different vector blends in one call, and as many operations other than additions; a bank
+            holds that many rows a steered block. A persona of several steps may need several of them.
         keep_dense: False keeps of the masked linears only what the library's one mask keeps, 9 bits a weight at 16 bit
             and 50 %: every row then speaks through that mask, and `detach` cannot bring the rest back. What is saved
             is the masked model. Wrap the model with PEFT before attaching, not after.
@@ -136,8 +140,10 @@ class PersonaHandle:
         self.cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer, recorder)
         self._forward_rows: contextlib.ExitStack | None = None
         self._hooks: list[Any] = []
+        self._note: GenerateNote | None = None
         try:
             self.cast.install()
+            self._note = GenerateNote(model, patch.steering)
             self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
             self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
             model.__dict__[_MARK] = self
@@ -177,6 +183,8 @@ class PersonaHandle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if self._note is not None:
+            self._note.remove()
         lost = self.cast.remove()
         self.model.__dict__.pop(_MARK, None)
         if lost:
@@ -187,18 +195,35 @@ class PersonaHandle:
             )
 
     @contextlib.contextmanager
-    def using(self, personas: Sequence[Persona | None]) -> Iterator[PersonaHandle]:
+    def using(
+        self, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None
+    ) -> Iterator[PersonaScope]:
         """Let every forward pass inside the `with` carry these personas, one a row: for stock `generate` and training.
 
         Only vectors and masks act in a plain forward pass; density ratios need `generate`. A batch that is a multiple
         of the personas (beams, `num_return_sequences`) repeats each.
 
+        Steps that act by position or schedule need to know where the prompts end. Inside of `model.generate` that is
+        known; otherwise the pass with an empty cache holds the prompts, and nothing else, unless `prompt_lengths` says
+        how many tokens they have, padding left out: give it where a pass holds prompt and response, as in training.
+
+        Args:
+            personas: one a row, None for the plain model.
+            prompt_lengths: tokens of every row's prompt.
+
+        Returns:
+            The scope, whose `set` changes the personas between passes.
+
         Raises:
-            PersonafastError: a persona has policies or prompts, or names something the library lacks.
+            PersonafastError: a persona has policies or prompts, or names something the library lacks; a prompt length
+                that is negative, or not one a row.
         """
         self._check_attached()
-        with self.cast.patch.rows(self.cast.plain_rows(personas)):
-            yield self
+        scope = PersonaScope(self, personas, prompt_lengths)
+        try:
+            yield scope
+        finally:
+            scope.close()
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """Within this `with` the reference speaks without the PEFT adapters that are policies here.
@@ -398,6 +423,7 @@ class PersonaHandle:
 
     def _check_call(self, model: Any, config: Any, prepared: dict[str, Any]) -> None:
         self._check_attached()
+        self.cast.patch.parts.check_attention_only("personas")
         if model is not self.model and getattr(self.model, "base_model", None) is not model:
             owner = getattr(self.model, "get_base_model", lambda: None)()
             if owner is not model:
@@ -418,17 +444,68 @@ class PersonaHandle:
             raise PersonafastError(f"{other[0]}: not supported with personas; leave it out")
 
     def _before_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        personas = kwargs.pop("personas", None)
+        personas, lengths = kwargs.pop("personas", None), kwargs.pop("prompt_lengths", None)
         if personas is None:
+            if lengths is not None:
+                raise PersonafastError("prompt_lengths: given without personas; leave it out, or give both")
             return None
         self._forward_rows = contextlib.ExitStack()
-        self._forward_rows.enter_context(self.using([personas] if isinstance(personas, Persona) else personas))
+        self._forward_rows.enter_context(self.using([personas] if isinstance(personas, Persona) else personas, lengths))
         return args, kwargs
 
     def _after_forward(self, *_: Any) -> None:
         if self._forward_rows is not None:
             rows, self._forward_rows = self._forward_rows, None
             rows.close()
+
+
+class PersonaScope:
+    """What `PersonaHandle.using` has put in force, until its `with` ends.
+
+    Attributes:
+        handle: the attached model.
+    """
+
+    def __init__(
+        self, handle: PersonaHandle, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None
+    ) -> None:
+        self.handle = handle
+        self._rows = contextlib.ExitStack()
+        # Begun inside of a generation, of which a callback makes passes of its own.
+        self._prompts = Prompts(outer=handle.cast.patch.steering.generation)
+        self.set(personas, prompt_lengths)
+
+    def set(self, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:
+        """From the next forward pass on carry these personas; other coefficients are another `Persona`.
+
+        Prompts that an earlier pass of the scope held are remembered, so that personas may change while a text is
+        written, between two passes over one cache.
+
+        Args:
+            personas: one a row.
+            prompt_lengths: tokens of every row's prompt; None leaves them as they were known.
+        """
+        if prompt_lengths is not None:
+            self._prompts = Prompts(_prompt_lengths(prompt_lengths, len(personas)))
+        rows = self.handle.cast.plain_rows(personas, self._prompts)
+        self._rows.close()
+        self._rows.enter_context(self.handle.cast.patch.rows(rows))
+
+    def close(self) -> None:
+        """Put back what was in force before."""
+        self._rows.close()
+
+
+def _prompt_lengths(given: Sequence[int], rows: int) -> list[int]:
+    try:
+        lengths = [operator.index(length) for length in given]
+    except TypeError:
+        raise PersonafastError(f"prompt_lengths: expected one whole number a row, got {given!r}") from None
+    if len(lengths) != rows:
+        raise PersonafastError(f"prompt_lengths: {len(lengths)} given for {rows} rows; give one a row")
+    if min(lengths, default=0) < 0:
+        raise PersonafastError(f"prompt_lengths: {min(lengths)} is negative; give the number of tokens")
+    return lengths
 
 
 def _is_mixture(persona: Persona) -> bool:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from personafast.errors import PersonafastError
+from personafast.steering import Steering, block_indices, checked_weights, normalize_name
 
 # The rules, and the divergences whose regularised optimum they are (MOD, arXiv 2406.18853).
 AGGREGATORS = ("geometric", "linear", "harmonic", "power", "jensen_shannon", "min", "max")
@@ -19,24 +20,6 @@ DIVERGENCES = {
     "alpha_divergence": "power",
     "jsd": "jensen_shannon",
 }
-_LARGEST = 3.4028234663852886e38  # of float32
-
-
-def _weights(what: str, given: Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(given, Mapping):
-        raise PersonafastError(f"{what}: expected a mapping of name to number, got {type(given).__name__}")
-    checked: dict[str, float] = {}
-    for name, weight in given.items():
-        if not isinstance(name, str) or not name.strip():
-            raise PersonafastError(f"{what}: a name is empty; give every entry a name (for prompts: the system text)")
-        try:
-            value = float(weight)
-        except (TypeError, ValueError):
-            raise PersonafastError(f"{what}[{name!r}]: {weight!r} is not a number") from None
-        if not abs(value) <= _LARGEST:
-            raise PersonafastError(f"{what}[{name!r}]: the weight is {value}; give a number that is finite in float32")
-        checked[name] = value
-    return checked
 
 
 @dataclass(frozen=True)
@@ -46,6 +29,7 @@ class Persona:
     Args:
         vectors: persona vector name -> coefficient c. Their sum, sum_i c_i v_i, is added to the residual stream
             (arXiv 2510.10157). The blend is one row per block, so its cost does not grow with the number of vectors.
+            The short form of `Steering(vectors=..., blocks=..., normalize=...)`, the first of the persona's steps.
         mask: name of a persona mask; the linears use W * M (arXiv 2602.07164).
         policies: LoRA policy name -> weight alpha of its density ratio pi_i / pi_0 (arXiv 2511.01891). Weights are
             not normalised: 1 is the trait at full strength.
@@ -67,6 +51,9 @@ class Persona:
         base: name of a policy that takes the reference's place in front of g, b(y) g(r(y)) / Z, while the ratios keep
             theirs: a specialised reference. It also proposes where a sampler proposes from the reference.
         blocks: 0-based blocks whose output the vectors are added to; None takes each vector's own default.
+        normalize: how the vectors are brought to one length before they are summed: see `personafast.vectors.blend`.
+        steering: further steps, `Steering` objects, which act in this order after `vectors` has: other operations,
+            positions, schedules.
 
     Raises:
         PersonafastError: an empty name or text, a weight that is not finite, an unknown aggregator, a negative weight
@@ -81,10 +68,13 @@ class Persona:
     p: float = 1.0
     base: str | None = None
     blocks: Sequence[int] | None = None
+    normalize: str = "none"
+    steering: Sequence[Steering] = ()
 
     def __post_init__(self) -> None:
         for what in ("vectors", "policies", "prompts"):
-            object.__setattr__(self, what, _weights(what, getattr(self, what)))
+            object.__setattr__(self, what, checked_weights(what, getattr(self, what)))
+        object.__setattr__(self, "steering", _steps(self.steering))
         if self.mask is not None and (not isinstance(self.mask, str) or not self.mask):
             raise PersonafastError(f"mask: expected the name of a mask or None, got {self.mask!r}")
         if self.base is not None and (not isinstance(self.base, str) or not self.base):
@@ -100,8 +90,8 @@ class Persona:
             raise PersonafastError(
                 f"p: {self.p!r} is not a finite number; use aggregator='min' or 'max' for the limits"
             )
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(int(block) for block in self.blocks))
+        object.__setattr__(self, "blocks", block_indices(self.blocks))
+        normalize_name(self.normalize)
 
     def _check_weights(self, rule: str) -> None:
         """Every rule but the geometric one shares its weights out: they need a total, and all but one no minus."""
@@ -124,6 +114,22 @@ class Persona:
             )
 
     @property
+    def steps(self) -> tuple[Steering, ...]:
+        """All steps of steering that can change anything, in the order in which they act."""
+        first = (Steering(self.vectors, blocks=self.blocks, normalize=self.normalize),) if self.vectors else ()
+        return tuple(step for step in (*first, *self.steering) if step.acts)
+
+    @property
     def has_ratios(self) -> bool:
         """Whether a base takes part, or a policy or prompt of non-zero weight, so that generation needs ratios."""
         return any(self.policies.values()) or any(self.prompts.values()) or self.base is not None
+
+
+def _steps(given: Any) -> tuple[Steering, ...]:
+    steps = (given,) if isinstance(given, Steering) else given
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        raise PersonafastError(f"steering: expected a sequence of Steering, got {type(given).__name__}")
+    for step in steps:
+        if not isinstance(step, Steering):
+            raise PersonafastError(f"steering: expected Steering, got {type(step).__name__}")
+    return tuple(steps)

@@ -92,7 +92,7 @@ class PolicySet:
         if chosen is not None and not len(chosen):
             raise PersonafastError("names: empty; name at least one adapter, or leave it out for all of them")
         inner = unwrapped(model)
-        policies = live_policies(model, inner, anatomy(inner), chosen)
+        policies = live_policies(model, inner, _decoder(inner), chosen)
         return cls(model, [Policy(name, "adapter", lora=lora) for name, lora in policies.items()])
 
     @classmethod
@@ -126,7 +126,7 @@ class PolicySet:
         given = _named(models, names)
         known = _tokenizers(given, tokenizers)
         inner = unwrapped(reference)
-        parts = anatomy(inner)
+        parts = _decoder(inner)
         # A tokenizer loads much faster than a model: what can be refused by it is refused first.
         first = reference_tokenizer if reference_tokenizer is not None else local_tokenizer(inner)
         members = []
@@ -150,7 +150,7 @@ class PolicySet:
         Raises:
             PersonafastError: a name or a text is empty.
         """
-        anatomy(unwrapped(model))
+        _decoder(unwrapped(model))
         given = _texts(prompts)
         return cls(model, [Policy(name, "prompt", prompt=text) for name, text in given.items()])
 
@@ -350,11 +350,18 @@ def _check_tokenizer(name: str, own: Any, reference: Any) -> None:
     )
 
 
+def _decoder(model: Any) -> Anatomy:
+    """The parts of a model that a policy's ratio can be taken of."""
+    parts = anatomy(model)
+    parts.check_attention_only("model")
+    return parts
+
+
 def _check_model(name: str, model: Any, reference: nn.Module, expected: Anatomy) -> None:
     if not isinstance(model, nn.Module):
         raise PersonafastError(f"models[{name!r}]: expected a model or a local folder, got {type(model).__name__}")
     try:
-        parts = anatomy(model)
+        parts = _decoder(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"models[{name!r}]: {str(error).removeprefix('model: ')}") from None
     if model is reference:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import LogitsProcessor
 
-from personafast.density.model_scorer import ModelScorer
+from personafast.density.model_scorer import Member, ModelScorer
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.generate import check_room, make_rule, row_prompts
@@ -101,13 +101,15 @@ class MPGLogitsProcessor(LogitsProcessor):
         self._scorer = ModelScorer(
             self._handle.cast.patch,
             [
-                replace(row.reference, prompt=row.reference.prompt + text) if mine else None
+                _written(row.reference, text) if mine else None
                 for row, text, mine in zip(spread, texts, own, strict=True)
             ],
-            [
-                [replace(member, prompt=member.prompt + text) for member in row.members]
-                for row, text in zip(spread, texts, strict=True)
-            ],
+            [[_written(member, text) for member in row.members] for row, text in zip(spread, texts, strict=True)],
             stats=self.stats,
             device=ids.device,
         )
+
+
+def _written(member: Member, text: list[int]) -> Member:
+    """A member after it has written some tokens."""
+    return replace(member, prompt=member.prompt + text, written=len(text))

@@ -664,14 +664,6 @@ def test_linears_that_flatten_rows_and_tokens_are_understood(batch):
             assert torch.equal(greedy(net, handle, single(batch, row), persona)[0, -NEW:], together[row])
 
 
-def test_models_with_a_recurrent_state_are_refused():
-    import transformers as t
-
-    net = t.MambaForCausalLM(t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
-    with pytest.raises(pf.UnsupportedModelError, match="recurrent state"):
-        pf.attach(net)
-
-
 def test_using_a_detached_handle_is_refused(net, library):
     handle = pf.attach(net, library)
     handle.detach()

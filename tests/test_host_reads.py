@@ -158,6 +158,17 @@ def test_every_rule_is_settled_on_the_host(world, watch, sampler, personas):
         assert there.clamped_share == pytest.approx(here.clamped_share, rel=1e-3)
 
 
+@pytest.mark.parametrize("sampler", ["direct", "block"])
+def test_positions_and_schedules_are_worked_out_on_the_device(world, watch, sampler):
+    policies, creative = {"warm": 0.7}, {"creative": 2.0}
+    steps = [
+        pf.Steering(creative, positions="response", schedule="linear:4"),
+        pf.Steering({"futurist": 1.0}, "ablate", positions=[(0, 2), (-1, None)]),
+    ]
+    personas = [pf.Persona(policies=policies, steering=steps), None, pf.Persona(creative, policies=policies)]
+    same_text(world, watch, personas, sampler=sampler, **SAMPLED)
+
+
 @pytest.mark.parametrize("sampler", ["direct", "verify", "token_rs", "mixture"])
 def test_ratios_are_carried_on_the_device(world, watch, sampler):
     same_text(world, watch, LINEAR, sampler=sampler, carry=True, **SAMPLED)

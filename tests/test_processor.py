@@ -156,3 +156,22 @@ def test_one_made_for_another_batch_is_refused(net):
         assert torch.equal(stock(net, processor, batch), stock(net, processor, batch))
     with pytest.raises(pf.PersonafastError, match="detached"):
         stock(net, processor, batch)
+
+
+def test_a_text_that_is_read_anew_keeps_the_end_of_its_prompt(net):
+    """After beams are reordered policies read prompt and text at once; steering by position must not notice."""
+    batch = chats()
+    persona = pf.Persona(
+        policies={"formal": 0.7},
+        steering=[
+            pf.Steering({"creative": 3.0}, positions="last"),
+            pf.Steering({"futurist": 2.0}, schedule="linear:3"),
+        ],
+    )
+    text = torch.randint(3, tiny.VOCAB, (3, 3), generator=torch.Generator().manual_seed(5))
+    with voices.attach(net) as handle:
+        grown, anew = (pf.MPGLogitsProcessor(handle, persona, **batch, min_p=0.0) for _ in range(2))
+        for length in range(4):
+            ids = torch.cat([batch["input_ids"], text[:, :length]], dim=1)
+            scores = grown(ids, torch.zeros(3, tiny.VOCAB))
+        torch.testing.assert_close(anew(ids, torch.zeros(3, tiny.VOCAB)), scores, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,7 @@ from personafast.density.model_scorer import Member
 from personafast.models.rows import RowSlots
 from personafast.row import Row
 
-MEMBER = Member([1], -1, -1, -1)
+MEMBER = Member([1], (), -1, -1)
 ROWS = 16
 
 
@@ -45,7 +45,7 @@ def test_on_a_base_with_weights_that_sum_to_one_the_ratio_is_over_the_reference(
         row = handle.cast.rows([persona], [[3]], "direct", "reference")[0]
         logps = []
         for member in (row.base, row.policies[0], row.reference):
-            with handle.cast.patch.rows(RowSlots.of([-1] * ROWS, [-1] * ROWS, [member.adapter] * ROWS)):
+            with handle.cast.patch.rows(RowSlots.of([()] * ROWS, [-1] * ROWS, [member.adapter] * ROWS)):
                 logps.append(net(ids).logits[:, -1].log_softmax(-1))
         wanted = (logps[0] + logps[1] - logps[2]).argmax(-1)
         found = net.generate(

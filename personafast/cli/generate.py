@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from personafast.cli.options import assignments, finite, read_prompts
+from personafast.cli.options import assignments, finite, read_prompts, steered
 from personafast.cli.progress import progress_bar
 from personafast.errors import PersonafastError
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SAMPLERS = ("direct", "verify", "block", "mixture", "token_rs", "scr", "merge", "auto")
 # What a name on the command line can mean; a model or a Drafter takes Python.
 DRAFTS = ("auto", "reference", "merge", "ngram")
+
+# Options of steering, and what they are when nobody gives them.
+_STEADY = {"operation": "add", "range": None, "normalize": "none", "positions": "all", "schedule": "constant"}
 
 EXAMPLE = """\
 **Two personas, no training, any instruct model:**
@@ -46,6 +49,38 @@ def generate(
     vector: Annotated[
         list[str] | None, typer.Option(metavar="NAME=COEF", help="Add a persona vector; repeat to blend.")
     ] = None,
+    operation: Annotated[
+        str,
+        typer.Option(
+            help="What the blend of vectors does: `add`; `ablate` takes the direction out; `clamp` holds the "
+            "coordinate along it in `--range`; `norm_preserving` adds and keeps the norm; `replace`."
+        ),
+    ] = "add",
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="LOW:HIGH",
+            help="Of `--operation clamp`; an end may be left out, one number is a target.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        str, typer.Option(help="Bring vectors to one length before they are summed: `none`, `unit` or `match`.")
+    ] = "none",
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="Tokens that vectors act at: `all`, `prompt`, `response`, `last` (of the prompt), or spans like "
+            "`3:8,-2:0`, a negative start counting from the prompt's end."
+        ),
+    ] = "all",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Strength over the reply: `constant`, `first:TOKENS`, or `linear:STEPS[:START:END]`, by default from "
+            "1 to 0."
+        ),
+    ] = "constant",
     mask: Annotated[str | None, typer.Option(metavar="NAME", help="Speak through this persona mask.")] = None,
     policy: Annotated[
         list[str] | None,
@@ -126,13 +161,20 @@ def generate(
             raise PersonafastError("--stop '': the text is empty; give the text that ends a reply")
     prompts = _prompts(prompt, prompts_file)
     streaming = _streaming(stream, single=prompts_file is None, to_machine=as_json or output is not None)
-    parts = {
-        "vectors": assignments("--vector", vector or []),
+    vectors = assignments("--vector", vector or [])
+    parts: dict[str, Any] = {
+        "vectors": vectors,
         "mask": mask,
         "policies": assignments("--policy", policy or []),
         "prompts": assignments("--prompt-persona", prompt_persona or []),
     }
-    persona = Persona(**parts, aggregator=aggregator, p=power, base=base)  # type: ignore[arg-type]
+    steps = {"operation": operation, "range": value_range, "normalize": normalize}
+    steps |= {"positions": positions, "schedule": schedule}
+    steps = {name: value for name, value in steps.items() if value != _STEADY[name]}
+    if steps and not vectors:
+        raise PersonafastError(f"--{next(iter(steps))}: says what vectors do; give --vector NAME=COEF")
+    given = {**parts, **steered(vectors, steps)} if steps else parts
+    persona = Persona(**given, aggregator=aggregator, p=power, base=base)
     if system is not None and any(persona.prompts.values()):
         raise PersonafastError(
             "--system: a --prompt-persona writes the system message itself; leave --system out, "
@@ -141,7 +183,7 @@ def generate(
     settings = {
         "model": model,
         "library": None if library is None else str(library),
-        "persona": {**parts, "aggregator": aggregator, "p": power, "base": base},
+        "persona": {**parts, **steps, "aggregator": aggregator, "p": power, "base": base},
         "sampler": sampler,
         "chunk": chunk,
         "draft": draft,

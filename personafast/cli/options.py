@@ -1,11 +1,12 @@
-"""Reading what was typed: name=number pairs, prompts files, numbers that must be finite."""
+"""Reading what was typed: name=number pairs, steering, prompts files, numbers that must be finite."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from personafast.errors import FormatError, PersonafastError
 
@@ -75,3 +76,38 @@ def _text_of(path: Path, key: str, number: int, line: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise FormatError(f'{path}: line {number} is no object with a "{key}" text; write {{"{key}": "..."}}')
     return text
+
+
+def steered(vectors: Mapping[str, float], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`Persona` arguments for vectors that do what `--operation` and its like say.
+
+    Raises:
+        PersonafastError: naming the option.
+    """
+    from personafast.steering import Steering
+
+    chosen = dict(options)
+    ends = chosen.pop("range", None)
+    if (ends is not None) != (chosen.get("operation") == "clamp"):
+        raise PersonafastError("--range: belongs to --operation clamp, which needs one; give both or neither")
+    if ends is not None:
+        chosen.update(_range(ends))
+    try:
+        return {"vectors": {}, "steering": [Steering(vectors, **chosen)]}
+    except PersonafastError as error:
+        name, _, why = str(error).partition(": ")
+        option = "range" if name in ("low", "high", "target") else name.partition("[")[0].removesuffix("s")
+        option = {"position": "positions"}.get(option, option)
+        raise PersonafastError(f"--{option}: {why}") from None
+
+
+def _range(text: str) -> dict[str, float]:
+    low, colon, high = text.partition(":")
+    names = ("low", "high") if colon else ("target",)
+    try:
+        found = {name: float(end) for name, end in zip(names, (low, high), strict=False) if end.strip()}
+    except ValueError:
+        found = {}
+    if not found:
+        raise PersonafastError(f"--range {text!r}: expected LOW:HIGH, LOW:, :HIGH or one number")
+    return found

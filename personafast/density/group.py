@@ -11,7 +11,9 @@ from personafast.density.host import send
 from personafast.density.transcript import GenerationStats
 from personafast.models.context import RaggedContext
 from personafast.models.patch import Patch
+from personafast.models.places import Prompts
 from personafast.models.rows import RowSlots
+from personafast.models.steps import Steps
 
 if TYPE_CHECKING:
     from personafast.models.static_context import StaticContext
@@ -27,7 +29,8 @@ class Group:
     Args:
         patch: the model with its banks.
         prompts: token ids a row.
-        slots: (vector, mask, adapter) a row.
+        slots: (steps, mask, adapter) a row.
+        written: how many tokens at the end of each prompt were generated; None for none.
         stats: receives calls, forward passes and bytes read.
         device: where the model is.
         room: the most tokens that a row gets beside its prompt, drafts included; None if nobody knows, and then no
@@ -38,14 +41,19 @@ class Group:
         self,
         patch: Patch,
         prompts: Sequence[list[int]],
-        slots: Sequence[tuple[int, int, int]],
+        slots: Sequence[tuple[Steps, int, int]],
         stats: GenerationStats,
         device: torch.device,
         room: int | None = None,
+        written: Sequence[int] | None = None,
     ) -> None:
+        patch.parts.check_attention_only("personas")
         self._patch, self._stats = patch, stats
-        vectors, masks, adapters = zip(*slots, strict=True)
-        self._slots = RowSlots.of(vectors, masks, adapters)
+        steps, masks, adapters = zip(*slots, strict=True)
+        ends = [len(prompt) for prompt in prompts]
+        if written is not None:
+            ends = [end - tail for end, tail in zip(ends, written, strict=True)]
+        self._slots = RowSlots.of(steps, masks, adapters, Prompts(ends))
         self._weights = patch.bytes_read(self._slots)
         longest = max(len(prompt) for prompt in prompts)
         static = None if room is None else patch.static_context(len(prompts), longest + room, device)

@@ -14,7 +14,7 @@ from personafast.density.host import Host, judge, send
 from personafast.density.transcript import GenerationStats
 from personafast.errors import PersonafastError
 from personafast.models.patch import Patch
-from personafast.models.rows import NOBODY
+from personafast.models.steps import NOBODY, Steps
 
 # Whether models of one row run side by side on a GPU; in turn otherwise, as always on a CPU.
 FORK = True
@@ -26,22 +26,25 @@ class Member:
 
     Attributes:
         prompt: its token ids; members of one row may differ in it.
-        vector, mask, adapter: slots of the model's banks, -1 for none.
+        steps: of steering, which live in the model's banks.
+        mask, adapter: slots of the model's banks, -1 for none.
         patch: the model with its banks; None for the one the scorer was made for.
         name: what an error calls it.
+        written: how many tokens at the end of `prompt` were generated.
     """
 
     prompt: list[int]
-    vector: int
+    steps: Steps
     mask: int
     adapter: int
     patch: Patch | None = None
     name: str = field(default="the reference", compare=False)
+    written: int = 0
 
     @property
     def steered(self) -> bool:
-        """Whether a vector, a mask or an adapter sets it apart from the plain model."""
-        return not self.vector == self.mask == self.adapter == NOBODY
+        """Whether steering, a mask or an adapter sets it apart from the plain model."""
+        return bool(self.steps) or not self.mask == self.adapter == NOBODY
 
 
 class _Seats:
@@ -73,10 +76,11 @@ class _Seats:
         self.group = Group(
             patch,
             [member.prompt for member in self._members],
-            [(member.vector, member.mask, member.adapter) for member in self._members],
+            [(member.steps, member.mask, member.adapter) for member in self._members],
             stats,
             device,
             room,
+            [member.written for member in self._members],
         )
         self._seat(torch.tensor(self._row, dtype=torch.long), torch.tensor(self._index, dtype=torch.long))
 

@@ -13,10 +13,16 @@ from torch import nn
 from personafast import ops
 from personafast.errors import PersonafastError
 from personafast.masks import scores
-from personafast.masks.mask import PersonaMask
+from personafast.masks.mask import PersonaMask, check_gamma
 from personafast.masks.selection import best_of_all, best_of_rows
 from personafast.masks.sparsity import Sparsity, resolve
-from personafast.masks.statistics import CalibrationStatistics, check_settings, different_model
+from personafast.masks.statistics import (
+    MOMENTS,
+    STATISTICS,
+    CalibrationStatistics,
+    check_settings,
+    different_model,
+)
 from personafast.masks.targets import Target, Targets, find_targets, refuse_unknown
 
 Statistics = CalibrationStatistics | Mapping[str, torch.Tensor]
@@ -25,6 +31,29 @@ SCORES = ("wanda", "contrastive_wanda", "contrastive_sparse", "magnitude", "rand
 GROUPS = ("row", "layer", "global")
 # Weights scored at once.
 _CHUNK = 1 << 22
+
+
+def check_options(
+    *,
+    score: str = "wanda",
+    statistic: str = "mean_abs",
+    z_of: str = "x",
+    group: str = "row",
+    gamma: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Raise `PersonafastError`, naming the option, unless `build_mask` takes these; before a long calibration, say."""
+    for name, value, known in (
+        ("score", score, SCORES),
+        ("statistic", statistic, STATISTICS),
+        ("z_of", z_of, MOMENTS),
+        ("group", group, GROUPS),
+    ):
+        if value not in known:
+            raise PersonafastError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise PersonafastError(f"seed: {seed} is not in [0, 2**63)")
+    check_gamma(gamma)
 
 
 @torch.no_grad()
@@ -77,8 +106,7 @@ def build_mask(
         PersonafastError: an option out of range, statistics of another model or width, NaN or negative statistics
             (names the linear), the head or an embedding among them.
     """
-    if score not in SCORES:
-        raise PersonafastError(f"score: {score!r} is unknown; choose one of {', '.join(SCORES)}")
+    check_options(score=score, statistic=statistic, z_of=z_of, group=group, gamma=gamma, seed=seed)
     contrastive = score.startswith("contrastive")
     if contrastive and against is None:
         raise PersonafastError(f"against: {score} needs the statistics of the opposing persona")
@@ -95,7 +123,7 @@ def build_mask(
             scorer = scores.contrastive_wanda(_differences(*sides, z_of), own)
             made["z_of"] = z_of
     elif score == "random":
-        scorer = scores.random(_seed(seed))
+        scorer = scores.random(seed)
         made = {"method": score, "seed": seed}
     elif score == "magnitude":
         scorer = scores.magnitude
@@ -157,6 +185,7 @@ def mix_masks(
     Raises:
         PersonafastError: a weight that is not positive, a persona without statistics, or as `build_mask`.
     """
+    check_options(statistic=statistic, group=group, gamma=gamma)
     if not weights:
         raise PersonafastError("weights: empty; give each persona a weight, as in {'introvert': 0.7}")
     for name, weight in weights.items():
@@ -187,8 +216,6 @@ def _build(
     gamma: float,
     experts: bool,
 ) -> PersonaMask:
-    if group not in GROUPS:
-        raise PersonafastError(f"group: {group!r} is unknown; choose one of {', '.join(GROUPS)}")
     paths = [path for path in own if experts or targets[path].expert is None]
     left_out = sorted({path.rpartition(".")[0] for path in own if path not in paths}) + list(targets.left_out)
     chosen = resolve(model, paths, sparsity)
@@ -289,15 +316,7 @@ def _sides(positive: Statistics, negative: Statistics) -> tuple[CalibrationStati
 
 
 def _differences(positive: CalibrationStatistics, negative: CalibrationStatistics, of: str) -> dict[str, torch.Tensor]:
-    if of not in ("x", "sample_l2"):
-        raise PersonafastError(f"z_of: {of!r} is unknown; choose x or sample_l2")
     return {
         path: scores.standard_difference(sums.moments(of), negative.sums[path].moments(of))
         for path, sums in positive.sums.items()
     }
-
-
-def _seed(seed: int) -> int:
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise PersonafastError(f"seed: {seed} is not in [0, 2**63)")
-    return seed

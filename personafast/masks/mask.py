@@ -37,9 +37,7 @@ class PersonaMask:
                 raise PersonafastError(
                     f"mask[{path!r}]: expected int32 [out, {expected}], got {words.dtype} {list(words.shape)}"
                 )
-        gamma = self.metadata.get("gamma", 0)
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
-            raise PersonafastError(f"gamma: {gamma} is not in [0, 1]")
+        check_gamma(self.metadata.get("gamma", 0))
 
     @property
     def gamma(self) -> float:
@@ -127,6 +125,12 @@ class PersonaMask:
             path: (w.shape, other.in_features[path]) for path, w in other.words.items()
         }:
             raise PersonafastError("mask: only masks over the same linears of one model can be joined")
+
+
+def check_gamma(gamma: object) -> None:
+    """Raise `PersonafastError` unless a soft gate can have this gamma."""
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
+        raise PersonafastError(f"gamma: {gamma} is not in [0, 1]")
 
 
 def count_bits(words: torch.Tensor, width: int) -> int:

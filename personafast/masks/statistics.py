@@ -16,6 +16,7 @@ from personafast.errors import FormatError, PersonafastError
 from personafast.models.anatomy import ModelShape
 
 STATISTICS = ("mean_abs", "l2", "sample_l2")
+MOMENTS = ("x", "sample_l2")
 _SUMS = ("absolute", "squares", "total", "norms")
 _FORMAT = 1
 _KEY = "personafast"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,12 +33,23 @@ class Anatomy:
             PEFT wrapping.
         head: what turns the last hidden state into logits, if it is a linear.
         shape: sizes that vectors, masks and policies are checked against.
+        recurrent: the name of the model's class when tokens leave a state behind that cannot be rolled back (Mamba,
+            RWKV, hybrids). A vector needs no rollback; masks, policies and our own decoding loop do.
     """
 
     blocks: tuple[nn.Module, ...]
     linears: Mapping[str, nn.Module]
     head: nn.Module | None
     shape: ModelShape
+    recurrent: str | None = None
+
+    def check_attention_only(self, what: str) -> None:
+        """Raise `UnsupportedModelError`, blaming `what`, when the model keeps a recurrent state."""
+        if self.recurrent:
+            raise UnsupportedModelError(
+                f"{what}: {self.recurrent} keeps a recurrent state, which cannot be rolled back; on such a model "
+                "personas are vectors, in stock generate inside personas.using([...])"
+            )
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -49,14 +62,37 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b with a plain weight of its own."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether a module computes x W^T + b with a weight of its own, plain or quantised.
+
+    Quantisers keep `in_features` and `out_features` and little else: some replace the weight by a packed one of another
+    name, shape and dtype, and not all derive from nn.Linear.
+    """
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return True
+    return (
+        isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+        # What wraps a linear (PEFT's layers) has its numbers too.
+        and next(module.children(), None) is None
+    )
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear that stores it as floating-point numbers, one an element; None if it is quantised."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype.itemsize == 1:
+        return None
+    return weight
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    weight = plain_weight(module)
+    if weight is None:
+        layer: Any = module
+        return int(layer.out_features), int(layer.in_features)
     rows, columns = weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
@@ -66,7 +102,7 @@ def plain_path(path: str) -> str:
     return path.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _text_config(model: nn.Module) -> object:
+def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(f"model: {type(model).__name__} has no `config`; pass a transformers causal LM")
@@ -75,25 +111,61 @@ def _text_config(model: nn.Module) -> object:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+def _text_decoder(model: nn.Module) -> nn.Module:
+    """The part of a model that holds the text's blocks: a vision tower has blocks too, sometimes as many."""
+    found = getattr(model, "get_decoder", lambda: None)()
+    return found if isinstance(found, nn.Module) else model
+
+
+def _block_counts(config: Any) -> set[int]:
+    """How many blocks the configuration speaks of: some count halves of blocks, some those of an absent encoder."""
+    names = ("num_hidden_layers", "num_layers", "decoder_layers")
+    return {count for name in names if isinstance(count := getattr(config, name, None), int)}
+
+
+def _find_blocks(model: nn.Module, counts: set[int]) -> tuple[str, nn.ModuleList]:
     candidates = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and len({type(block) for block in module}) == 1
-        and any(is_linear(part) for part in module[0].modules())
+        and len(module) in counts
+        # Hybrids have blocks of several classes.
+        and all(any(is_linear(part) for part in block.modules()) for block in module)
     ]
+    # A model may call its head a decoder.
+    inside = {id(part) for part in _text_decoder(model).modules()}
+    candidates = [item for item in candidates if id(item[1]) in inside] or candidates
     # Experts and heads are ModuleLists too, but they lie deeper than the blocks that hold them.
     candidates.sort(key=lambda item: item[0].count("."))
     if not candidates:
+        wanted = " or ".join(map(str, sorted(counts)))
         raise UnsupportedModelError(
-            f"model: no list of {count} decoder blocks found in {type(model).__name__}; nothing was patched"
+            f"model: no list of {wanted} decoder blocks found in {type(model).__name__}; nothing was patched"
         )
     if len(candidates) > 1 and candidates[0][0].count(".") == candidates[1][0].count("."):
         names = ", ".join(path for path, _ in candidates[:3])
-        raise UnsupportedModelError(f"model: several lists look like the decoder blocks ({names}); nothing was patched")
+        raise UnsupportedModelError(
+            f"model: several lists of {type(model).__name__} look like its blocks ({names}); nothing was patched"
+        )
     return candidates[0]
+
+
+def _check_one_stream(model: nn.Module, config: Any, block: nn.Module) -> None:
+    """Raise unless a block turns one residual stream [B, T, H] into the next."""
+    streams = max(int(getattr(config, name, None) or 1) for name in ("hc_mult", "altup_num_inputs"))
+    # XLNet's second stream; its tensors are [T, B, H] at that.
+    if streams > 1 or "output_g" in inspect.signature(block.forward).parameters:
+        raise UnsupportedModelError(
+            f"model: the blocks of {type(model).__name__} pass on several residual streams, and a vector belongs to "
+            "one; nothing was patched"
+        )
+
+
+def _recurrent(model: nn.Module, config: Any) -> bool:
+    # Not every hybrid says so of itself: LFM2's layers are "conv" or "full_attention".
+    kinds = getattr(config, "layer_types", None) or ()
+    stateful = getattr(model, "_is_stateful", False)
+    return bool(stateful) or any("attention" not in kind or "linear" in kind for kind in kinds)
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -103,25 +175,26 @@ def anatomy(model: nn.Module) -> Anatomy:
         UnsupportedModelError: naming the model's class, when the structure is not that of a decoder.
     """
     config = _text_config(model)
-    # Not every hybrid says so of itself: LFM2's layers are "conv" or "full_attention".
-    kinds = getattr(config, "layer_types", None) or ()
-    if getattr(model, "_is_stateful", False) or any("attention" not in kind or "linear" in kind for kind in kinds):
-        raise UnsupportedModelError(
-            f"model: {type(model).__name__} keeps a recurrent state, which cannot be rolled back; use a model whose "
-            "cache is attention only"
-        )
-    hidden, count, vocab = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    if not (hidden and count and vocab):
+    hidden, vocab = (getattr(config, name, None) for name in ("hidden_size", "vocab_size"))
+    counts = _block_counts(config)
+    if not (hidden and counts and vocab):
         raise UnsupportedModelError(
             f"model: the configuration of {type(model).__name__} lacks hidden_size, num_hidden_layers or vocab_size"
         )
-    path, blocks = _find_blocks(model, count)
+    path, blocks = _find_blocks(model, counts)
+    _check_one_stream(model, config, blocks[0])
     linears = {
         plain_path(f"{path}.{name}"): module
         for name, module in blocks.named_modules()
         if is_linear(module) and ".lora_" not in name
     }
-    shape = ModelShape(str(getattr(config, "model_type", "unknown")), int(hidden), int(count), int(vocab))
+    shape = ModelShape(str(getattr(config, "model_type", "unknown")), int(hidden), len(blocks), int(vocab))
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
-    return Anatomy(tuple(blocks), linears, head if isinstance(head, nn.Linear) else None, shape)
+    return Anatomy(
+        tuple(blocks),
+        linears,
+        head if isinstance(head, nn.Linear) else None,
+        shape,
+        type(model).__name__ if _recurrent(model, config) else None,
+    )

@@ -49,6 +49,10 @@ class AttentionPatch:
         for layer in self._layers:
             layer.__dict__.pop(_MARK, None)
         self._layers = []
+        self.step_aside()
+
+    def step_aside(self) -> None:
+        """Let the model attend by transformers' own name again, for what looks at that."""
         if self._named and self._config._attn_implementation == NAME:
             self._config._attn_implementation = "sdpa"
         self._named = False

@@ -1,4 +1,4 @@
-"""What slots index: blended vectors, a row a persona, and the LoRA factors of all adapters of a linear."""
+"""What slots index: blended vectors, a row a blend, and the LoRA factors of all adapters of a linear."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from torch import nn
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import Anatomy
 from personafast.models.compressed import home
+from personafast.ops import SteerMode
 from personafast.ops._lora_delta import BoundDelta
+
+# What is done with a slot of a bank that is only added.
+ADDED = (-1, 1.0, 1.0)
 
 
 class VectorBank:
-    """One row a persona and block: bank[block][slot] is what a row with that slot gets added."""
+    """One row a blend and block: bank[block][slot] is what acts on a row with that slot.
+
+    Attributes:
+        capacity: rows.
+        made: banks made so far: each is a tensor that recordings from before do not know.
+    """
 
     def __init__(self, parts: Anatomy, capacity: int) -> None:
         self.capacity = capacity
@@ -24,11 +33,21 @@ class VectorBank:
         self._hidden = parts.shape.hidden_size
         self._banks: dict[int, torch.Tensor] = {}
         self._slots: dict[object, int] = {}
-        # Banks made so far: each is a tensor that recordings from before do not know.
+        # By slot, the blocks where its row is not zero.
+        self._acts: dict[int, frozenset[int]] = {}
         self.made = 0
 
-    def slot(self, key: object, make: Callable[[], torch.Tensor], in_use: set[int]) -> int:
-        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes."""
+    def slot(
+        self, key: object, make: Callable[[], torch.Tensor], in_use: set[int], use: tuple[int, float, float] = ADDED
+    ) -> int:
+        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes.
+
+        Args:
+            key: what tells the blend, and its use, from others.
+            make: called if it is not in the bank.
+            in_use: slots that may not go.
+            use: what is done along it, of a bank of directions: `ops.steer_`'s mode and parameters.
+        """
         if key in self._slots:
             self._slots[key] = self._slots.pop(key)  # the last used stand last
             return self._slots[key]
@@ -43,24 +62,86 @@ class VectorBank:
                     "attach with a larger max_personas"
                 )
             slot = self._slots.pop(oldest)
+        self._acts[slot] = frozenset(block for block, row in enumerate(rows) if bool(row.any()))
         for block, row in enumerate(rows):
-            if block in self._banks or bool(row.any()):
-                self._bank(block)[slot].copy_(row)
+            if block in self._banks or block in self._acts[slot]:
+                self._put(block, slot, row, use)
         self._slots[key] = slot
         return slot
 
+    def known(self, key: object) -> int | None:
+        """The slot of a blend that is in the bank, else None."""
+        return self._slots.get(key)
+
+    def acts(self, slot: int) -> frozenset[int]:
+        """The blocks where the row of a slot is not zero."""
+        return self._acts[slot]
+
     def at(self, block: int) -> torch.Tensor | None:
-        """The bank [S, H] of a block, or None when no blend acts there."""
+        """The bank float32 [S, H] of a block, or None when no blend acts there."""
         return self._banks.get(block)
 
-    def _bank(self, block: int) -> torch.Tensor:
+    def on(self, block: int, device: torch.device) -> torch.Tensor | None:
+        """As `at`, on the device of the activations: weights that are away, and a model that was moved, mislead."""
+        bank = self._banks.get(block)
+        if bank is not None and bank.device != device:
+            with torch.inference_mode(False):
+                self._move(block, device)
+            self.made += 1
+            bank = self._banks[block]
+        return bank
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its first bank is; None while it has none."""
+        return next((bank.device for bank in self._banks.values()), None)
+
+    def _put(self, block: int, slot: int, row: torch.Tensor, use: tuple[int, float, float]) -> None:
         if block not in self._banks:
-            dtype, device = home(self._blocks[block])
             # No inference tensor, whatever mode the first call is made in: later ones may be made in another.
             with torch.inference_mode(False):
-                self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=dtype, device=device)
+                self._make(block, home(self._blocks[block])[1])
             self.made += 1
-        return self._banks[block]
+        self._banks[block][slot].copy_(row)
+
+    def _make(self, block: int, device: torch.device) -> None:
+        # In float32 it serves activations of any dtype.
+        self._banks[block] = torch.zeros(self.capacity, self._hidden, dtype=torch.float32, device=device)
+
+    def _move(self, block: int, device: torch.device) -> None:
+        self._banks[block] = self._banks[block].to(device)
+
+
+class DirectionBank(VectorBank):
+    """A bank whose slots say beside the direction what is done along it."""
+
+    def __init__(self, parts: Anatomy, capacity: int) -> None:
+        super().__init__(parts, capacity)
+        self._settings: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def settings(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mode int8 [S] and parameters float32 [S, 2] of a block's slots."""
+        return self._settings[block]
+
+    def _put(self, block: int, slot: int, row: torch.Tensor, use: tuple[int, float, float]) -> None:
+        super()._put(block, slot, row, use)
+        mode, *params = use
+        modes, values = self._settings[block]
+        # A slot that has nothing to do at this block ablates a direction of length 0, which leaves a row alone.
+        modes[slot] = mode if block in self._acts[slot] else int(SteerMode.ABLATE)
+        values[slot].copy_(torch.tensor(params))
+
+    def _move(self, block: int, device: torch.device) -> None:
+        super()._move(block, device)
+        modes, values = self._settings[block]
+        self._settings[block] = modes.to(device), values.to(device)
+
+    def _make(self, block: int, device: torch.device) -> None:
+        super()._make(block, device)
+        self._settings[block] = (
+            torch.zeros(self.capacity, dtype=torch.int8, device=device),
+            torch.ones(self.capacity, 2, dtype=torch.float32, device=device),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,9 +154,25 @@ class AdapterBank:
     ranks: torch.Tensor
 
     @cached_property
-    def delta(self) -> BoundDelta:
-        """What adds the updates of these adapters to the linear's output."""
-        return BoundDelta(self.a, self.b, self.scale, self.ranks)
+    def _bound(self) -> dict[tuple[torch.dtype, torch.device], BoundDelta]:
+        own = BoundDelta(self.a, self.b, self.scale, self.ranks)
+        return {(self.a.dtype, self.a.device): own}
+
+    def add_(self, out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`out` [..., O], with the updates of `x` [..., I]; slots int32, one for each row of both.
+
+        The factors follow the activations: a quantised or offloaded weight does not say where and in which dtype its
+        linear computes, and a model may be moved.
+        """
+        delta = self._bound.get((out.dtype, out.device))
+        if delta is None:
+            b = self.b.transpose(1, 2).to(out.device, out.dtype).transpose(1, 2)
+            with torch.inference_mode(False):
+                delta = BoundDelta(
+                    self.a.to(out.device, out.dtype), b, self.scale.to(out.device), self.ranks.to(out.device)
+                )
+            self._bound[out.dtype, out.device] = delta
+        return delta.add_(out, x.to(out.dtype), slots)
 
     @classmethod
     def stack(

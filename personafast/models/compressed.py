@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,24 +10,22 @@ import torch
 from torch import nn
 
 from personafast import ops
-from personafast.errors import UnsupportedModelError
 
 
 def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device a module computes in, even if its weights are quantised or have been compressed."""
-    compressed = module.__dict__.get("_personafast_compressed")
-    if compressed is not None:
-        return compressed.values.dtype, compressed.values.device
-    parameter = next((p for p in module.parameters() if not p.is_meta), None)
-    if parameter is None:
-        part = next((part for part in module.modules() if "_personafast_compressed" in part.__dict__), None)
-        if part is None:
-            raise UnsupportedModelError(
-                f"model: no weight of a {type(module).__name__} is in memory (meta: offloaded or not loaded); vectors "
-                "and policies need a model that is loaded whole"
-            )
-        return home(part)
-    return parameter.dtype if parameter.is_floating_point() else torch.bfloat16, parameter.device
+    """The dtype and device that a module's activations are likely to have.
+
+    Weights tell it as long as they are numbers in memory. Quantised ones have a dtype of their own: their scales and
+    biases speak then. Where all are away (offloaded, on meta) it is float32 on the CPU: what is made there follows the
+    activations once it sees them.
+    """
+    compressed = [part.__dict__.get("_personafast_compressed") for part in module.modules()]
+    values = [found.values for found in compressed if found is not None]
+    weights = [parameter for parameter in module.parameters() if not parameter.is_meta]
+    known = weights + values + [buffer for buffer in module.buffers() if not buffer.is_meta]
+    dtype = next((tensor.dtype for tensor in known if tensor.is_floating_point() and tensor.dtype.itemsize > 1), None)
+    device = known[0].device if known else torch.device("cpu")
+    return dtype or torch.float32, device
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,24 @@ class CompressedWeight:
         """Compress a linear's weight and free it: its parameter stays by name and shape, without memory (meta)."""
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
-        values, bitmap, row_offsets = ops.compress(weight.detach(), words.to(weight.device))
-        taken = cls(values, bitmap, row_offsets, weight.requires_grad)
+        taken = cls(*ops.compress(weight.detach(), words.to(weight.device)), weight.requires_grad)
         linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        linear.__dict__["_personafast_compressed"] = taken
+        taken.install(linear)
+        return taken
+
+    def install(self, linear: nn.Module, *, forward: bool = False) -> None:
+        """Be the weight of a linear whose own is on the meta device; with `forward` for calls of the linear too.
+
+        `attach` replaces the forward of what it compresses itself; a linear that is loaded compressed needs one.
+        """
+        if forward:
+            # A partial, not a closure: a deep copy of the model computes with the copy's weights.
+            linear.forward = functools.partial(_product, linear)
+        linear.__dict__["_personafast_compressed"] = self
         linear.__dict__["_personafast_hooks"] = [
             linear.register_state_dict_post_hook(_save_dense),
             linear.register_load_state_dict_pre_hook(_refuse_to_load),
         ]
-        return taken
 
     def put_back(self, linear: nn.Module) -> None:
         """Give the linear a dense weight again: what was kept, and zeros for what is gone."""
@@ -74,6 +82,11 @@ class CompressedWeight:
         """x [..., I] -> [..., O]."""
         flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
         return flat.view(*x.shape[:-1], -1)
+
+
+def _product(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name for it
+    compressed: CompressedWeight = linear.__dict__["_personafast_compressed"]
+    return compressed(input, linear._parameters["bias"])
 
 
 def _save_dense(linear: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

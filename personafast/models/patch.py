@@ -1,7 +1,7 @@
-"""What `attach` plugs into a model: residual injection at the blocks, masks and LoRA updates at the linears.
+"""What `attach` plugs into a model: steering at the blocks, masks and LoRA updates at the linears.
 
-Every row of a batch carries three small integers: a vector slot, a mask slot and an adapter slot, -1 for none. They
-index banks that live beside the model, so changing who speaks in a row changes no weight and allocates nothing.
+Every row of a batch carries small integers: a slot for each step of steering, a mask slot and an adapter slot, -1 for
+none. They index banks that live beside the model, so changing who speaks in a row changes no weight.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +19,14 @@ from personafast import ops
 from personafast.errors import UnsupportedModelError
 from personafast.models.anatomy import Anatomy, is_conv1d
 from personafast.models.attention import AttentionPatch
-from personafast.models.banks import AdapterBank, VectorBank
+from personafast.models.banks import AdapterBank
+from personafast.models.batching import BatchingNote
 from personafast.models.compressed import CompressedWeight
 from personafast.models.mlps import find_mlps, gated
 from personafast.models.norms import find_norms
-from personafast.models.rows import NOBODY, DeviceSlots, RowSlots, Spread
+from personafast.models.recomputing import Recomputing
+from personafast.models.rows import DeviceSlots, RowSlots, Spread
+from personafast.models.steering import SteeredBlocks
 from personafast.ops._rms_norm import run_kernel, serves
 
 if TYPE_CHECKING:
@@ -51,12 +54,13 @@ def _plain(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A00
     return ops.linear(input, weight, parameters["bias"])
 
 
-def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor) -> Any:
+def _norm(norm: nn.Module, eps: str, hidden_states: torch.Tensor, *gates: Any, **named: Any) -> Any:
     weight = norm._parameters.get("weight")
-    if weight is not None and serves(hidden_states, weight):
+    # Some norms of recurrent layers also take a gate.
+    if weight is not None and not gates and not named and serves(hidden_states, weight):
         return run_kernel(hidden_states, weight, norm.__dict__[eps])
     # Its own, not our torch form: the trial allows for a last bit, identity under the reference backend does not.
-    return type(norm).forward(norm, hidden_states)
+    return type(norm).forward(norm, hidden_states, *gates, **named)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -72,13 +76,23 @@ def model_bytes(model: nn.Module) -> int:
     )
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` when no weight is in memory and nothing (accelerate) brings it there for a pass."""
+    away = all(parameter.is_meta for parameter in model.parameters())
+    if away and not any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise UnsupportedModelError(
+            f"model: no weight of {type(model).__name__} is in memory (meta: not loaded); load it, or offload it with "
+            "a device_map"
+        )
+
+
 class Patch:
     """The hooks on one model, and the banks they read."""
 
     def __init__(self, model: nn.Module, parts: Anatomy, max_personas: int) -> None:
         self.model = model
         self.parts = parts
-        self.vectors = VectorBank(parts, max_personas)
+        self.steering = SteeredBlocks(model, parts, max_personas)
         self.compressed: dict[str, CompressedWeight] = {}
         self._masks: dict[str, torch.Tensor] = {}
         self._adapters: dict[str, AdapterBank] = {}
@@ -88,8 +102,11 @@ class Patch:
         self._banks_set = 0
         self._now: Mapping[str, Spread] = {}
         self._shape = (0, 0)
+        self._speakers = 0
         self._hooks: list[Any] = []
-        self._attention: AttentionPatch | None = None
+        self._recomputing = Recomputing(self, (self.steering.decoder, *parts.blocks))
+        self.attention: AttentionPatch | None = None
+        self._batching: BatchingNote | None = None
         # Linear -> the forward it had of its own, if any, and ours.
         self._patched: dict[nn.Module, tuple[Any, Any]] = {}
 
@@ -98,17 +115,19 @@ class Patch:
 
         Hooks and forwards are partials of methods, not closures: a deep copy of the model gets a patch of its own.
         """
+        check_in_memory(self.model)
+        self._hooks.append(self.steering.decoder.register_forward_pre_hook(self._begin))
         first = self.parts.blocks[0]
         self._hooks.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
-        for index, block in enumerate(self.parts.blocks):
-            self._hooks.append(block.register_forward_hook(functools.partial(self._inject, index)))
+        self.steering.install()
         for path, linear in self.parts.linears.items():
             if _is_stock(linear):
                 self._patch_linear(path)
         head = self.parts.head
         if head is not None and _is_stock(head) and head not in self._patched:
             self._replace_forward(head, functools.partial(_plain, head))
-        self._attention = AttentionPatch(self.model)
+        self.attention = AttentionPatch(self.model)
+        self._batching = BatchingNote(self)
         for norm, eps in find_norms(self.model):
             self._replace_forward(norm, functools.partial(_norm, norm, eps))
         for mlp in find_mlps(self.model):
@@ -123,9 +142,14 @@ class Patch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._attention is not None:
-            self._attention.remove()
-            self._attention = None
+        self.steering.remove()
+        self._recomputing.remove()
+        if self._batching is not None:
+            self._batching.remove()
+            self._batching = None
+        if self.attention is not None:
+            self.attention.remove()
+            self.attention = None
         for linear, (previous, ours) in self._patched.items():
             if linear.__dict__.get("forward") is not ours:
                 continue  # somebody else has wrapped it since; without personas it is the plain linear inside theirs
@@ -179,14 +203,27 @@ class Patch:
             self._patch_linear(path)
         self._banks_set += 1
 
-    def _check_maskable(self, paths: Iterable[str]) -> None:
+    def _check_maskable(self, paths: Collection[str]) -> None:
+        if paths:
+            # Their fused kernels read weights past the linears that hold them.
+            self.parts.check_attention_only("masks")
         for path in paths:
             linear = self.parts.linears[path]
-            weight = linear.weight
-            assert isinstance(weight, torch.Tensor)
-            if is_conv1d(linear) or not weight.is_floating_point():
+            weight = getattr(linear, "weight", None)
+            if not isinstance(weight, torch.Tensor):
+                raise UnsupportedModelError(
+                    f"masks: {path} is {type(linear).__name__} without a weight of its own name (packed by a "
+                    "quantiser); masks need nn.Linear in fp32, bf16 or fp16"
+                )
+            if is_conv1d(linear) or not weight.is_floating_point() or weight.dtype.itemsize == 1:
                 raise UnsupportedModelError(
                     f"masks: {path} is {type(linear).__name__} of {weight.dtype}; masks need nn.Linear in "
+                    "fp32, bf16 or fp16"
+                )
+            scale = next((name for name in (*linear._parameters, *linear._buffers) if "scale" in name), None)
+            if scale is not None:
+                raise UnsupportedModelError(
+                    f"masks: {path} is {type(linear).__name__} with a {scale}, quantised; masks need nn.Linear in "
                     "fp32, bf16 or fp16"
                 )
             if type(weight) not in (torch.Tensor, nn.Parameter):
@@ -202,6 +239,8 @@ class Patch:
     def set_adapters(self, adapters: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]]) -> None:
         """Give the linears these adapters; the slot of an adapter is its index."""
         paths = sorted({path for adapter in adapters for path in adapter})
+        if paths:
+            self.parts.check_attention_only("policies")
         self._adapters = {
             path: AdapterBank.stack(self.parts.linears[path], [adapter.get(path) for adapter in adapters])
             for path in paths
@@ -234,7 +273,7 @@ class Patch:
         else:
             found = StaticContext(self.model, rows, capacity, device, self._recorder)
         # A recording knows the addresses of the banks.
-        found.banks_are((self._banks_set, self.vectors.made))
+        found.banks_are((self._banks_set, *self.steering.made))
         return found
 
     def give_back(self, context: StaticContext) -> None:
@@ -245,27 +284,51 @@ class Patch:
     @contextlib.contextmanager
     def rows(self, slots: RowSlots | DeviceSlots) -> Iterator[None]:
         """Let the rows of every forward pass inside the `with` carry these slots."""
-        before = self._now
-        self._now = slots.by_kind
+        before = self._now, self.steering.rows, self._speakers
+        self._now = slots.of_linears
+        if isinstance(slots, RowSlots):
+            self._speakers = len(slots.masks)
+        self.steering.carry(slots.of_blocks)
         try:
             yield
         finally:
-            self._now = before
+            self._now, _, self._speakers = before
+            self.steering.carry(before[1])
+
+    @property
+    def speakers(self) -> int:
+        """How many rows the personas in force were given for; 0 when nobody speaks."""
+        return self._speakers if self._now or self.steering.rows is not None else 0
+
+    @property
+    def carried(self) -> tuple[Any, ...]:
+        """What the pass that runs carries at blocks and linears; all of it is false when nobody speaks."""
+        state = self.steering.state
+        return self._now, state if state[0] is not None else None, self._shape if self._now else None
+
+    @contextlib.contextmanager
+    def carrying(self, carried: tuple[Any, ...]) -> Iterator[None]:
+        """Let what is computed inside the `with` carry what a pass carried."""
+        before = self._now, self.steering.state, self._shape
+        now, state, shape = carried
+        self._now, self.steering.state, self._shape = now, state or (None, None, {}), shape or self._shape
+        try:
+            yield
+        finally:
+            self._now, self.steering.state, self._shape = before
 
     def bytes_read(self, slots: RowSlots) -> int:
         """Estimated bytes of weights that a forward pass of these rows reads: the model once, and its adapters."""
-        known = slots.by_kind.get("adapters")
+        known = slots.of_linears.get("adapters")
         adapters = known.used if known is not None else set()
         factors = sum(
             (bank.a[0].numel() + bank.b[0].numel()) * bank.a.element_size() for bank in self._adapters.values()
         )
         return model_bytes(self.model) + len(adapters) * factors
 
-    @property
-    def vector_slots(self) -> set[int]:
-        """Vector slots that the rows in force use."""
-        rows = self._now.get("vectors")
-        return set() if rows is None else rows.used
+    def _begin(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._recomputing.begin()
 
     def _note_shape(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -282,30 +345,6 @@ class Patch:
             f"model: a linear was called with shape {list(x.shape)}, which does not tell the rows of the batch apart; "
             "leave this linear out of the mask or the policy"
         )
-
-    def _inject(self, block: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        rows = self._now.get("vectors")
-        if rows is None:
-            return None
-        bank = self.vectors.at(block)
-        if bank is None:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        batch, length, width = hidden.shape
-        slots = rows.over(batch, length, hidden.device)
-        flat = hidden.reshape(-1, width)
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            keep = (slots != NOBODY).to(flat.dtype).unsqueeze(1)
-            flat = flat + keep * bank[slots.clamp(min=0).long()]
-        else:
-            # A block that hands its input on unchanged must not have that input edited under its caller.
-            if args and isinstance(args[0], torch.Tensor) and args[0].data_ptr() == flat.data_ptr():
-                flat = flat.clone()
-            ops.inject_(flat, bank, slots)
-            if flat.data_ptr() == hidden.data_ptr():
-                return None
-        changed = flat.view(batch, length, width)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def _patch_linear(self, path: str) -> None:
         linear = self.parts.linears[path]
@@ -341,6 +380,9 @@ class Patch:
         rows, bank = self._now.get("masks"), self._masks.get(path)
         if rows is None or bank is None:
             return None
+        if bank.device != x.device:  # the model was moved
+            bank = self._masks[path] = bank.to(x.device)
+            self._banks_set += 1
         slots = rows.over(*self._rows_and_tokens(x), x.device)
         layer: Any = linear
         flat = ops.masked_linear(x.reshape(-1, x.shape[-1]), layer.weight, bank, slots, None, layer.bias)
@@ -351,4 +393,4 @@ class Patch:
         if rows is None or bank is None:
             return out
         slots = rows.over(*self._rows_and_tokens(x), x.device)
-        return bank.delta.add_(out, x, slots)
+        return bank.add_(out, x, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from personafast.errors import PersonafastError
+
+POSITIONS = ("response_avg", "prompt_avg", "prompt_last", "response_last")
+"""Which tokens of a text stand for it: the mean over its response or its prompt, or the last token of either."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,21 @@ class TokenizedText:
             raise PersonafastError(f"texts: {text!r} has no tokens; give a non-empty text")
         return cls(ids, len(ids))
 
+    def span(self, positions: str) -> tuple[int, int]:
+        """First token and one past the last token of `positions`, counted from the text's own start.
+
+        Raises:
+            PersonafastError: an unknown name, or a text without a prompt or a response where one is asked for.
+        """
+        if positions not in POSITIONS:
+            raise PersonafastError(f"positions: {positions!r} is not one of {', '.join(POSITIONS)}")
+        whose, what = positions.split("_")
+        prompt = len(self.ids) - self.response
+        start, stop = (0, prompt) if whose == "prompt" else (prompt, len(self.ids))
+        if stop <= start:
+            raise PersonafastError(f"texts: a {whose} has no tokens; drop that text or take other positions")
+        return (start, stop) if what == "avg" else (stop - 1, stop)
+
 
 def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a chat, ready for the assistant's reply."""
@@ -50,19 +69,44 @@ def batches(
     texts: Sequence[TokenizedText], size: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (input_ids, attention_mask, response_mask), each [B, L], right-padded, longest texts first."""
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
-    for start in range(0, len(order), size):
-        chosen = [texts[i] for i in order[start : start + size]]
-        length = len(chosen[0].ids)
-        ids = torch.zeros(len(chosen), length, dtype=torch.long)
-        live = torch.zeros(len(chosen), length, dtype=torch.long)
-        response = torch.zeros(len(chosen), length, dtype=torch.bool)
+    for rows in longest_first([len(text.ids) for text in texts], size):
+        chosen = [texts[i] for i in rows]
+        ids, live = padded([text.ids for text in chosen], device)
+        response = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(chosen):
-            count = len(text.ids)
-            ids[row, :count] = torch.as_tensor(text.ids)
-            live[row, :count] = 1
-            response[row, count - text.response : count] = True
-        yield ids.to(device), live.to(device), response.to(device)
+            response[row, len(text.ids) - text.response : len(text.ids)] = True
+        yield ids, live, response.to(device)
+
+
+def longest_first(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of `size`, longest first, so that a batch is little padding and the first is the largest."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, *, side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask), int64 [B, L], padded with id 0.
+
+    Right padding is what to read activations with: under a causal mask nothing real sees the padding, and the positions
+    0, 1, 2 ... that every model counts by itself are right. To generate, rows are padded on the left.
+    """
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    live = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[index, place] = torch.as_tensor(row)
+        live[index, place] = 1
+    return ids.to(device), live.to(device)
+
+
+def forward(model: nn.Module, ids: torch.Tensor, live: torch.Tensor) -> None:
+    """One forward for what the hooks see; of the logits only one position is asked for, where the model can do that."""
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(input_ids=ids, attention_mask=live, use_cache=False, **few)
 
 
 class Reader:

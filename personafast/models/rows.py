@@ -1,4 +1,4 @@
-"""Which vector, mask and adapter each row of a batch carries, spread over the tokens of a forward pass."""
+"""Which steps of steering, mask and adapter each row of a batch carries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from personafast.errors import PersonafastError
-
-NOBODY = -1
+from personafast.models.places import Prompts
+from personafast.models.steps import NOBODY, HeldSteps, RowSteps, Steps
 
 
 class Spread(Protocol):
@@ -52,29 +52,41 @@ class TokenSlots:
 
 @dataclass(frozen=True)
 class RowSlots:
-    """Slots of the rows of a batch, each int32 [R] on the CPU; -1 leaves a row alone.
+    """What the rows of a batch carry; slots of masks and adapters are int32 [R] on the CPU, -1 leaves a row alone.
 
     Spread over tokens they are kept with the object, so that all steps of a decoding loop share one tensor a kind.
     """
 
-    vectors: torch.Tensor
+    steps: RowSteps
     masks: torch.Tensor
     adapters: torch.Tensor
 
     @classmethod
-    def of(cls, vectors: Sequence[int], masks: Sequence[int], adapters: Sequence[int]) -> RowSlots:
-        """From plain integers."""
-        return cls(*(torch.tensor(list(slots), dtype=torch.int32) for slots in (vectors, masks, adapters)))
+    def of(
+        cls,
+        steps: Sequence[Steps],
+        masks: Sequence[int],
+        adapters: Sequence[int],
+        prompts: Prompts | None = None,
+    ) -> RowSlots:
+        """From plain values, and where the rows' prompts end."""
+        slots = (torch.tensor(list(slots), dtype=torch.int32) for slots in (masks, adapters))
+        return cls(RowSteps(steps, prompts), *slots)
 
     def select(self, rows: torch.Tensor) -> RowSlots:
         """The slots of some of the rows."""
-        return RowSlots(self.vectors[rows], self.masks[rows], self.adapters[rows])
+        return RowSlots(self.steps.select(rows), self.masks[rows], self.adapters[rows])
 
     @cached_property
-    def by_kind(self) -> dict[str, TokenSlots]:
-        """The kinds that any row uses."""
-        kinds = {"vectors": self.vectors, "masks": self.masks, "adapters": self.adapters}
+    def of_linears(self) -> dict[str, TokenSlots]:
+        """The slots that act at linears, "masks" and "adapters": the kinds that any row uses."""
+        kinds = {"masks": self.masks, "adapters": self.adapters}
         return {kind: TokenSlots(slots) for kind, slots in kinds.items() if bool((slots != NOBODY).any())}
+
+    @property
+    def of_blocks(self) -> RowSteps | None:
+        """The steps that act at blocks, if any row has one."""
+        return self.steps if self.steps else None
 
 
 class DeviceSlots:
@@ -86,31 +98,40 @@ class DeviceSlots:
     """
 
     def __init__(self, seats: int, device: torch.device) -> None:
-        self._held = {kind: _Held(seats, device) for kind in ("vectors", "masks", "adapters")}
+        self._held = {kind: _Held(seats, device) for kind in ("masks", "adapters")}
+        self._steps = HeldSteps(seats, device)
         self._used: tuple[str, ...] = ()
 
     def set(self, slots: RowSlots) -> None:
         """Give the first seats the slots of these rows, and the others none."""
-        self._used = tuple(slots.by_kind)
+        self._used = tuple(slots.of_linears)
         for kind, held in self._held.items():
             held.rows.fill_(NOBODY)
             rows = getattr(slots, kind)
             held.rows[: rows.shape[0]].copy_(rows, non_blocking=True)
+        self._steps.hold(slots.steps)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds that any row uses: a recording holds for these."""
-        return self._used
+    def kinds(self) -> tuple[object, ...]:
+        """What rows use, not with which values: a recording holds for these."""
+        return (*self._used, self._steps.kind) if self._steps.kind else self._used
 
     @property
-    def by_kind(self) -> dict[str, _Held]:
-        """As `RowSlots.by_kind`."""
+    def of_linears(self) -> dict[str, _Held]:
+        """As `RowSlots.of_linears`."""
         return {kind: self._held[kind] for kind in self._used}
 
-    def begin(self) -> None:
-        """A pass begins: what was spread over the tokens of another one is not this one's."""
+    @property
+    def of_blocks(self) -> HeldSteps | None:
+        """As `RowSlots.of_blocks`."""
+        return self._steps if self._steps.kind else None
+
+    def begin(self, index: torch.Tensor) -> None:
+        """A pass begins, over tokens with this index in their rows, int64 [seats, L]."""
+        # What was spread over the tokens of another one is not this one's.
         for held in self._held.values():
             held.spread.clear()
+        self._steps.begin(index)
 
 
 class _Held:

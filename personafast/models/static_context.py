@@ -57,7 +57,7 @@ class StaticContext:
         self.cache = RowCache(text.num_hidden_layers, seats, capacity, device)
         self.slots = DeviceSlots(seats, device)
         self._recorder, self._seats_stay = recorder, recorder is not None
-        self._recordings: dict[tuple[tuple[str, ...], int, int], tuple[torch.Tensor, CudaGraph | Tape]] = {}
+        self._recordings: dict[tuple[tuple[object, ...], int, int], tuple[torch.Tensor, CudaGraph | Tape]] = {}
         self._version: object = None
         self._pool = torch.cuda.graph_pool_handle() if recorder is CudaGraph else None
         self._prompts: list[list[int]] | None = None
@@ -198,7 +198,7 @@ class StaticContext:
             )
         if places is not None:
             inputs["logits_to_keep"] = places
-        self.slots.begin()
+        self.slots.begin(positions)
         with attending(self.model):
             logits: torch.Tensor = self.model(**inputs).logits
         return logits

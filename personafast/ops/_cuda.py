@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from personafast.ops import _backend
@@ -23,3 +25,9 @@ def launch(name: str, index: int, *args: int | float) -> None:
         with torch.cuda.device(index):
             return launch(name, index, *args)
     getattr(_backend.module("cuda"), name)(*args, torch._C._cuda_getCurrentRawStream(index))
+
+
+@functools.cache
+def has_clusters(index: int) -> bool:
+    """Whether device `index` runs blocks in clusters that share their memory: compute capability 9.0 and later."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)

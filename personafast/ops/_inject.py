@@ -38,17 +38,24 @@ def _validate(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, sca
     check_devices("inject_", hidden.device, bank=bank, slots=slots, scale=scale)
 
 
-def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-    """The specification of `inject_` in plain torch: sums in fp32, one rounding to the dtype of `hidden`."""
-    check_slot_range("inject_", "slots", slots, bank.shape[0])
+def injected(
+    hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `inject_` makes of `hidden` [T, H], out of place and differentiable: sums in fp32, one rounding."""
     if bank.shape[0] == 0:
-        return
+        return hidden
     wide = _backend.wide(hidden.dtype)
     added = bank.index_select(0, slots.clamp(0, bank.shape[0] - 1)).to(wide)
     if scale is not None:
         added = added * scale.to(wide)[:, None]
     steered = (slots >= 0) & (slots < bank.shape[0])
-    hidden.copy_(torch.where(steered[:, None], (hidden.to(wide) + added).to(hidden.dtype), hidden))
+    return torch.where(steered[:, None], (hidden.to(wide) + added).to(hidden.dtype), hidden)
+
+
+def reference(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """The specification of `inject_` in plain torch: sums in fp32, one rounding to the dtype of `hidden`."""
+    check_slot_range("inject_", "slots", slots, bank.shape[0])
+    hidden.copy_(injected(hidden, bank, slots, scale))
 
 
 def _run(hidden: torch.Tensor, bank: torch.Tensor, slots: torch.Tensor, scale: torch.Tensor | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._groups import Groups, row_groups
 from personafast.ops._library import (
     PLAIN,
@@ -29,6 +29,10 @@ _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # time grows with the rows, that of the BLAS's matrix products starts at some 60 us an adapter: up to here the kernel
 # was nowhere clearly the slower one (docs/kernels.md).
 KERNEL_WORK, STRIDED_WORK = 1024, 256
+
+# The CUDA kernel is for the few rows of a step of decoding: a tile of 8 reads its factors for itself, and what it does
+# without tensor cores grows with the rows. An estimate until a GPU has measured it. It has room for so many ranks.
+CUDA_ROWS, CUDA_RANK = 16, 64
 
 # Projecting every row on all adapters (M * R rows of A) costs less than one pair of products an adapter as long as both
 # the rows and the stacked ranks are few.
@@ -137,24 +141,29 @@ def _grouped(
                 out.index_copy_(0, rows, torch.addmm(out[rows], inner, b))
 
 
-def _kernel_refuses(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    slots: torch.Tensor,
-    scale: torch.Tensor,
-    ranks: torch.Tensor,
-) -> str | None:
+def _kernel_refuses(out: torch.Tensor, x: torch.Tensor, A: torch.Tensor, backend: str) -> str | None:
     if x.dtype not in _KERNEL_DTYPES:
         return f"dtype {x.dtype}"
+    if backend == "cuda" and A.shape[1] > CUDA_RANK:
+        return f"a rank of {A.shape[1]} (at most {CUDA_RANK})"
     if out.stride(1) != 1 and out.shape[1] > 1:
         return "an `out` whose rows are not adjacent in memory (stride(1) must be 1)"
     if A.stride(2) != 1 and A.shape[2] > 1:
         return "an `A` whose rows are not adjacent in memory (stride(2) must be 1)"
-    if not (out.is_cpu and A.is_cpu and B.is_cpu and slots.is_cpu and scale.is_cpu and ranks.is_cpu):
-        return "tensors of several devices"
     return None
+
+
+def _narrow(A: torch.Tensor, B: torch.Tensor) -> bool:
+    """Whether the CUDA kernel would take the factors number by number."""
+    chunk = 16 // A.element_size()
+    return A.shape[2] % chunk != 0 or B.shape[1] % chunk != 0 or B.stride(1) != 1
+
+
+def _inner(rows: int, rank: int, device: torch.device, index: int) -> torch.Tensor | None:
+    """Memory for the sums of A x, which two launches of the CUDA kernel need where there are no clusters."""
+    if _cuda.has_clusters(index):
+        return None
+    return torch.empty(-(-rows // 8) * 64 * rank, dtype=torch.float32, device=device)
 
 
 def _cpp(
@@ -165,6 +174,7 @@ def _cpp(
     slots: torch.Tensor,
     scale: torch.Tensor,
     ranks: torch.Tensor,
+    backend: str,
 ) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -174,7 +184,7 @@ def _cpp(
     rows, features = x.shape
     adapters, outputs, rank = B.shape
     a_stride_m, a_stride_r, _ = A.stride()
-    wrong = _backend.module("cpu").lora_delta_(
+    args = (
         out.data_ptr(),
         out.stride(0),
         x.data_ptr(),
@@ -193,8 +203,12 @@ def _cpp(
         adapters,
         rank,
         _KERNEL_DTYPES[x.dtype],
-        torch.get_num_threads(),
     )
+    if backend == "cuda":
+        inner = _inner(rows, rank, x.device, x.get_device())
+        _cuda.launch("lora_delta_cuda", x.get_device(), *args, 0 if inner is None else inner.data_ptr())
+        return
+    wrong = _backend.module("cpu").lora_delta_(*args, torch.get_num_threads())
     if wrong >= 0:
         check_slot_range("lora_delta_", "slots", slots, adapters)
 
@@ -210,11 +224,16 @@ class BoundDelta:
         self._factors = (A, B, scale, ranks)
         adapters, self._outputs, rank = B.shape
         self._features, self._dtype = A.shape[2], A.dtype
-        plain = all(tensor.is_cpu and type(tensor) in PLAIN for tensor in self._factors)
+        # The kernel of the factors' device, by that device's name.
+        self._backend, self._index = ("cpu", -1) if A.is_cpu else ("cuda", A.get_device() if A.is_cuda else 0)
+        plain = all(type(tensor) in PLAIN and tensor.device == A.device for tensor in self._factors)
         dense = A.stride(2) == 1 and B.stride(1) == 1 and scale.is_contiguous() and ranks.is_contiguous()
         grows = A.requires_grad or B.requires_grad or scale.requires_grad
         fits = plain and dense and not grows and A.dtype in _KERNEL_DTYPES and rank > 0
-        self._rows = KERNEL_WORK // rank if fits else 0
+        most = KERNEL_WORK // max(rank, 1)
+        if self._backend == "cuda":
+            most = CUDA_ROWS if A.is_cuda and rank <= CUDA_RANK and not _narrow(A, B) else 0
+        self._rows = most if fits else 0
         # No addresses: with a deep copy of the model its banks are copied, and this with them.
         self._a_strides, self._b_strides = A.stride()[:2], B.stride()
         self._sizes = (self._outputs, self._features, adapters, rank, _KERNEL_DTYPES.get(A.dtype, 0))
@@ -230,17 +249,15 @@ class BoundDelta:
             and out.numel() == rows * self._outputs
             and x.numel() == rows * self._features
             and type(x) is type(out) is torch.Tensor
-            and slots.is_cpu
             and slots.dtype == torch.int32
             and slots.is_contiguous()
-            and x.is_cpu
-            and out.is_cpu
+            and (slots.is_cpu and x.is_cpu and out.is_cpu if self._index < 0 else self._on_gpu(out, x, slots))
             and not watched()
             and not wants_gradient(out, x)
-            and _backend.pick("lora_delta_", "cpu") == "cpu"
+            and _backend.pick("lora_delta_", self._backend) == self._backend
         ):
             A, B, scale, ranks = self._factors
-            wrong = _backend.module("cpu").lora_delta_(
+            args = (
                 out.data_ptr(),
                 self._outputs,
                 x.data_ptr(),
@@ -254,8 +271,12 @@ class BoundDelta:
                 ranks.data_ptr(),
                 rows,
                 *self._sizes,
-                torch.get_num_threads(),
             )
+            if self._backend == "cuda":
+                inner = _inner(rows, A.shape[1], x.device, self._index)
+                _cuda.launch("lora_delta_cuda", self._index, *args, 0 if inner is None else inner.data_ptr())
+                return out
+            wrong = _backend.module("cpu").lora_delta_(*args, torch.get_num_threads())
             if wrong >= 0:
                 check_slot_range("lora_delta_", "slots", slots, A.shape[0])
             return out
@@ -263,6 +284,16 @@ class BoundDelta:
         A, B, scale, ranks = self._factors
         lora_delta_(flat, x.reshape(-1, x.shape[-1]), A, B, slots, scale, ranks)
         return flat.view(out.shape)
+
+    def _on_gpu(self, *tensors: torch.Tensor) -> bool:
+        return all(tensor.is_cuda and tensor.get_device() == self._index for tensor in tensors)
+
+
+def _size(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> int:
+    """The size of a call in the unit of the limit on its device."""
+    if not x.is_cpu:
+        return x.shape[0]
+    return x.shape[0] * A.shape[1] * (1 if B.stride(1) == 1 else KERNEL_WORK // STRIDED_WORK)
 
 
 def _run(
@@ -276,20 +307,28 @@ def _run(
 ) -> None:
     _validate(out, x, A, B, slots, scale, ranks)
     check_rows_apart("lora_delta_", "out", out)
-    work = x.shape[0] * A.shape[1] * (1 if B.stride(1) == 1 else KERNEL_WORK // STRIDED_WORK)
-    backend = _backend.pick("lora_delta_", x.device.type, work)
+    size = _size(x, A, B)
+    backend = _backend.pick("lora_delta_", x.device.type, size)
     if backend == "reference":
         reference(out, x, A, B, slots, scale, ranks)
         return
+    if backend == "cuda":
+        why = _kernel_refuses(out, x, A, backend)
+        if why is None and _backend.forced() is None and _narrow(A, B):
+            why = "rows that 16 bytes do not divide"
+        if why is None:
+            _cpp(out, x, A, B, slots, scale, ranks, backend)
+            return
+        backend = _backend.instead("lora_delta_", x.device.type, backend, why, size)
     if backend == "triton":
         if x.dtype in _KERNEL_DTYPES:
             _backend.module("triton").lora_delta_(out, x, A, B, slots, scale, ranks)
             return
         _backend.refuse("lora_delta_", f"dtype {x.dtype}")
     if backend == "cpu":
-        why = _kernel_refuses(out, x, A, B, slots, scale, ranks)
+        why = _kernel_refuses(out, x, A, backend)
         if why is None:
-            _cpp(out, x, A, B, slots, scale, ranks)
+            _cpp(out, x, A, B, slots, scale, ranks, backend)
             return
         _backend.refuse("lora_delta_", why)
     groups = row_groups("lora_delta_", slots, A.shape[0]) if x.device.type == "cpu" else None
@@ -318,8 +357,8 @@ _op = register(
     "lora_delta_(Tensor(a!) out, Tensor x, Tensor A, Tensor B, Tensor slots, Tensor scale, Tensor ranks) -> ()",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
-    limits={"cpu": _backend.Limit(KERNEL_WORK, "rows times rank")},
+    kernels=("cpu", "triton", "cuda"),
+    limits={"cpu": _backend.Limit(KERNEL_WORK, "rows times rank"), "cuda": _backend.Limit(CUDA_ROWS)},
 )
 
 
@@ -338,8 +377,10 @@ def lora_delta_(
     Rows of different adapters may come in any order. On a CPU a C++ kernel takes up to T R = 1024, both sums in fp32
     and one rounding, if B is stored as the transposed view of an [M, R, O] tensor; stored otherwise, up to 256. Beyond,
     up to 32 rows and M R = 256 all adapters are one pair of matrix products; above there is one pair for each adapter
-    in use, without copies where its rows lie side by side. On a GPU Triton kernels take every size, two launches or,
-    above 256 rows, four; float64 is one pair of matrix products over all adapters.
+    in use, without copies where its rows lie side by side. On a GPU one launch of CUDA C++ takes up to 16 rows of up to
+    rank 64 where it was built, if features and outputs are whole multiples of 16 bytes and B is stored as that view;
+    Triton kernels take every size, two launches or, above 256 rows, four; float64 is one pair of matrix products over
+    all adapters.
 
     Args:
         out: [T, O] in the dtype of `x`; rows may be strided. Changed in place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from personafast.ops import _backend
+from personafast.ops import _backend, _cuda
 from personafast.ops._library import (
     PLAIN,
     check_device,
@@ -22,6 +22,10 @@ from personafast.ops._library import (
 from personafast.ops._mask_bits import unpack_reference, words
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# The CUDA kernel decodes the weight once for every 8 rows, Triton's, above 48, once for all. An estimate until a GPU
+# has measured it.
+CUDA_ROWS = 16
 
 
 def _validate_compress(weight: torch.Tensor, mask: torch.Tensor) -> None:
@@ -168,6 +172,7 @@ def _cpp(
     bitmap: torch.Tensor,
     row_offsets: torch.Tensor,
     bias: torch.Tensor | None,
+    backend: str = "cpu",
 ) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -176,7 +181,7 @@ def _cpp(
     rows, features = x.shape
     outputs = bitmap.shape[0]
     out = x.new_empty((rows, outputs))
-    wrong = _backend.module("cpu").sparse_linear(
+    args = (
         out.data_ptr(),
         x.data_ptr(),
         x.stride(0),
@@ -189,8 +194,11 @@ def _cpp(
         outputs,
         features,
         _KERNEL_DTYPES[x.dtype],
-        torch.get_num_threads(),
     )
+    if backend == "cuda":
+        _cuda.launch("sparse_linear_cuda", x.get_device(), *args)
+        return out
+    wrong = _backend.module("cpu").sparse_linear(*args, torch.get_num_threads())
     if wrong >= 0:
         _check_offsets(row_offsets, values.shape[0])
     return out
@@ -239,13 +247,15 @@ def _run(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _validate(x, values, bitmap, row_offsets, bias)
-    backend = _backend.pick("sparse_linear", x.device.type)
+    backend = _backend.pick("sparse_linear", x.device.type, x.shape[0])
     if backend == "reference":
         return reference(x, values, bitmap, row_offsets, bias)
-    if backend == "cpu":
-        why = _kernel_refuses(values, bitmap, row_offsets)
+    why = _kernel_refuses(values, bitmap, row_offsets)
+    if backend == "cuda" and why is not None:
+        backend = _backend.instead("sparse_linear", x.device.type, backend, why, x.shape[0])
+    if backend in ("cpu", "cuda"):
         if why is None:
-            return _cpp(x, values, bitmap, row_offsets, bias)
+            return _cpp(x, values, bitmap, row_offsets, bias, backend)
         _backend.refuse("sparse_linear", why)
     elif backend == "triton":
         if values.dtype in _KERNEL_DTYPES:
@@ -277,7 +287,8 @@ _sparse = register(
     "sparse_linear(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias=None) -> Tensor",
     _run,
     _fake,
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
+    limits={"cuda": _backend.Limit(CUDA_ROWS)},
 )
 
 
@@ -310,9 +321,9 @@ def sparse_linear(
     """A linear layer that reads only the weights of one persona's subnetwork (arXiv 2602.07164).
 
     y[t] = (weight * mask) x[t] + bias with (values, bitmap, row_offsets) = compress(weight, mask). Sums are in fp32 and
-    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time. On a GPU a
-    Triton kernel reads the same for 8 rows at a time; above 48 rows the dense weight is put together in memory for the
-    call.
+    rounded once. On a CPU a C++ kernel reads 16 bits a kept weight and one a weight, for 64 rows at a time. On a GPU
+    the same is read for 8 rows at a time, up to 16 rows by a kernel of CUDA C++ where it was built, else by a Triton
+    kernel; above 48 rows the dense weight is put together in memory for the call.
 
     Args:
         x: [T, I] float32, bfloat16, float16 or float64.

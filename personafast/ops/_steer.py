@@ -77,20 +77,18 @@ def _check_modes(slots: torch.Tensor, mode: torch.Tensor) -> None:
             fail("steer_", f"`mode` of slot {slot} holds the unknown code {codes[slot]}: known are {known}")
 
 
-def reference(
+def steered(
     hidden: torch.Tensor,
     directions: torch.Tensor,
     slots: torch.Tensor,
     mode: torch.Tensor,
     params: torch.Tensor,
     scale: torch.Tensor | None = None,
-) -> None:
-    """The specification of `steer_` in plain torch: sums in fp32, one rounding to the dtype of `hidden`."""
+) -> torch.Tensor:
+    """What `steer_` makes of `hidden` [T, H], out of place and differentiable: sums in fp32, one rounding."""
     count = directions.shape[0]
-    check_slot_range("steer_", "slots", slots, count)
-    _check_modes(slots, mode)
     if count == 0:
-        return
+        return hidden
     wide = _backend.wide(hidden.dtype)
     row = slots.clamp(0, count - 1)
     code = mode.index_select(0, row)
@@ -102,18 +100,36 @@ def reference(
 
     # The row becomes (keep h + add d) ratio.
     length = d.square().sum(1).sqrt()
-    coordinate = (h * d).sum(1) / length
+    # A root of 0 or a quotient by it in a row that is left alone would still make its gradient NaN.
+    divisor = torch.where(length == 0, 1, length)
+    coordinate = (h * d).sum(1) / divisor
     change = torch.where(ablate, -a * p0 * coordinate, a * (torch.clamp(coordinate, p0, p1) - coordinate))
-    add = torch.where(ablate | clamp, change / length, a * p0)
+    add = torch.where(ablate | clamp, change / divisor, a * p0)
     keep = torch.where(replace, 1 - a, 1)
     moved = keep[:, None] * h + add[:, None] * d
-    squares = moved.square().sum(1)
-    ratio = torch.where(preserve, (h.square().sum(1) / squares).sqrt(), 1)
+    before, after = h.square().sum(1), moved.square().sum(1)
+    scaled = preserve & (before != 0) & (after != 0)
+    ratio = (torch.where(scaled, before, 1) / torch.where(scaled, after, 1)).sqrt()
+    ratio = torch.where(preserve & (before == 0), 0, ratio)
 
-    steered = (slots >= 0) & (slots < count) & (ablate | clamp | preserve | replace)
-    unchanged = (keep == 1) & (add == 0) | (ablate | clamp) & (length == 0) | preserve & (squares == 0)
+    acting = (slots >= 0) & (slots < count) & (ablate | clamp | preserve | replace)
+    unchanged = (keep == 1) & (add == 0) | (ablate | clamp) & (length == 0) | preserve & (after == 0)
     result = (moved * ratio[:, None]).to(hidden.dtype)
-    hidden.copy_(torch.where((steered & ~unchanged)[:, None], result, hidden))
+    return torch.where((acting & ~unchanged)[:, None], result, hidden)
+
+
+def reference(
+    hidden: torch.Tensor,
+    directions: torch.Tensor,
+    slots: torch.Tensor,
+    mode: torch.Tensor,
+    params: torch.Tensor,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """The specification of `steer_` in plain torch: sums in fp32, one rounding to the dtype of `hidden`."""
+    check_slot_range("steer_", "slots", slots, directions.shape[0])
+    _check_modes(slots, mode)
+    hidden.copy_(steered(hidden, directions, slots, mode, params, scale))
 
 
 def _run(

@@ -227,7 +227,7 @@ def _library_stage(work: Path, settings: Settings, seed: int, progress: Progress
     from personafast.masks import build_mask, calibrate
     from personafast.models.anatomy import anatomy
     from personafast.models.reading import TokenizedText
-    from personafast.vectors import Contrast, extract_vectors
+    from personafast.vectors import Contrast, PersonaVector, extract_vectors
 
     if (work / "library").exists():
         return
@@ -238,7 +238,9 @@ def _library_stage(work: Path, settings: Settings, seed: int, progress: Progress
         drawn = contrast(name, random.Random(seed * _SEED_STRIDE + 200 + done))
         positive, negative = zip(*itertools.islice(drawn, settings.contrasts), strict=True)
         chats = Contrast([c.messages() for c in positive], [c.messages() for c in negative])
-        library.add_vector(name, extract_vectors(model, tokenizer, {name: chats})[name])
+        vector = extract_vectors(model, tokenizer, {name: chats}, statistics=False)[name]
+        metadata = {key: vector.metadata[key] for key in ("method", "positive", "negative")}
+        library.add_vector(name, PersonaVector(vector.directions, metadata=metadata))
         texts = [TokenizedText.from_chat(tokenizer, chat) for chat in chats.positive]
         library.add_mask(name, build_mask(model, calibrate(model, texts), sparsity=settings.sparsity))
         library.add_policy(name, work / "policies" / name)

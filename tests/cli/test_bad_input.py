@@ -265,3 +265,23 @@ def test_usage_errors_exit_with_2_too(cli, arguments):
 
 def test_an_unknown_draft(refused):
     assert "--draft 'mergee': choose one of" in refused("generate", "--prompt", "x", "--draft", "mergee")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vector", "creative=1", "--operation", "erase"], "--operation: 'erase' is not one of add, ablate"),
+        (["--vector", "creative=1", "--operation", "clamp"], "--range: belongs to --operation clamp"),
+        (["--vector", "creative=1", "--range", "1:2"], "--range: belongs to --operation clamp"),
+        (["--vector", "creative=1", "--operation", "clamp", "--range", "2:1"], "--range: 2 is above high, 1"),
+        (["--vector", "creative=1", "--operation", "clamp", "--range", ":"], "--range ':': expected LOW:HIGH"),
+        (["--vector", "creative=1", "--positions", "first"], "--positions: 'first' is not one of all, prompt"),
+        (["--vector", "creative=1", "--positions", "5:2"], "--positions: the span (5, 2) is empty or reversed"),
+        (["--vector", "creative=1", "--schedule", "cosine"], "--schedule: 'cosine' is none of"),
+        (["--vector", "creative=1", "--normalize", "max"], "--normalize: 'max' is not one of none, unit, match"),
+        (["--vector", "creative=0", "--operation", "ablate"], "--vector: every coefficient is 0"),
+        (["--positions", "last"], "--positions: says what vectors do; give --vector"),
+    ],
+)
+def test_bad_steering(refused, options, message):
+    assert message in refused("generate", "--prompt", "hi", *options)

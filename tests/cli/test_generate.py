@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import personafast as pf
 from personafast.cli import generate as command
 from personafast.cli.options import assignments
 
@@ -296,3 +297,34 @@ def test_rules_and_samplers_reach_the_engine(ask):
     assert answers["block"]["stats"]["tokens_per_round"] > 1 == answers["direct"]["stats"]["tokens_per_round"]
     assert answers["auto"]["stats"]["notes"][0].startswith("auto: direct")
     assert len({answer["reply"] for answer in answers.values()}) > 2
+
+
+def test_vectors_do_what_the_options_of_steering_say(ask, monkeypatch):
+    spoke, real = [], command._answer
+
+    def answer(network, tokenizer, personas, speaker, *rest):
+        spoke.append(speaker)
+        return real(network, tokenizer, personas, speaker, *rest)
+
+    monkeypatch.setattr(command, "_answer", answer)
+    vectors = {"creative": 4.0}
+    said = [
+        ([], pf.Persona(vectors)),
+        (["--operation", "add", "--positions", "all", "--schedule", "constant"], pf.Persona(vectors)),
+        (["--operation", "clamp", "--range", "3:"], pf.Steering(vectors, "clamp", low=3)),
+        (["--operation", "clamp", "--range", "-40"], pf.Steering(vectors, "clamp", target=-40)),
+        (["--normalize", "unit", "--positions", "0:2,-1:3"], ("unit", [(0, 2), (-1, 3)], "constant")),
+        (["--schedule", "linear:4:1:0.5"], ("none", "all", pf.LinearSchedule(4, 1, 0.5))),
+    ]
+    for options, expected in said:
+        ask("--prompt", QUESTIONS[0], "--vector", "creative=4", *options)
+        if isinstance(expected, tuple):
+            normalize, positions, schedule = expected
+            expected = pf.Steering(vectors, normalize=normalize, positions=positions, schedule=schedule)
+        if isinstance(expected, pf.Steering):
+            expected = pf.Persona(steering=[expected])
+        assert spoke.pop() == expected
+    record = records(ask("--prompt", QUESTIONS[0], "--vector", "creative=4", "--positions", "last", "--json"))[0]
+    assert record["settings"]["persona"]["positions"] == "last"
+    # Files that were begun before these options were there go on.
+    assert "positions" not in records(ask("--prompt", QUESTIONS[0], "--json"))[0]["settings"]["persona"]

@@ -126,7 +126,9 @@ def test_inspect(cli, compared, tmp_path):
     assert "reject" in cli("masks", "inspect", "--library", library).stdout
 
 
-def test_what_can_be_mended_is_one_line(cli, build, table, tmp_path):
+def test_what_can_be_mended_is_one_line(cli, build, table, tmp_path, monkeypatch):
+    calibrations = []
+    monkeypatch.setattr("personafast.masks.calibrate", lambda *_, **__: calibrations.append(1))
     for args, match in (
         (("--name", "a"), "--texts, --csv: give the persona's texts by one of them"),
         (("--name", "a", "--csv", table, "--texts", table), "by one of them"),
@@ -135,17 +137,23 @@ def test_what_can_be_mended_is_one_line(cli, build, table, tmp_path):
         (("--name", "a", "--csv", table, "--sparsity", "1.0"), "sparsity: 1.0 is not in [0, 1)"),
         (("--name", "a", "--csv", table, "--sparsity", "lm_head=0.5"), "never masked"),
         (("--name", "a", "--csv", table, "--sparsity", "half"), "expected name=number"),
-        (("--name", "a", "--csv", table, "--score", "best"), "--score 'best'"),
+        (("--name", "a", "--csv", table, "--score", "best"), "score: 'best'"),
         (("--name", "a", "--csv", table, "--score", "contrastive_sparse"), "give --against"),
         (("--name", "a", "--csv", table, "--opposite", "b"), "--opposite: names the mask of --against"),
         (("--name", "a", "--csv", table, "--statistic", "max"), "statistic: 'max'"),
         (("--name", "a", "--csv", table, "--group", "column"), "group: 'column'"),
+        (("--name", "a", "--csv", table, "--gamma", "2"), "gamma: 2.0 is not in [0, 1]"),
+        (("--name", "a::b", "--csv", table), "a::b"),
+        (("--name", "a", "--csv", table, "--against", table, "--opposite", "a"), "is the mask's own name"),
         (("--name", "a", "--csv", table, "--containing", "zebra"), "no text whose prompt holds 'zebra'"),
     ):
         result = build(*args)
         assert result.exit_code == 2 and match in result.stderr, result.output
         assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "library").exists()
+    # All of it before the calibration, which may take hours.
+    assert not calibrations and not (tmp_path / "library").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
     assert build("--csv", table, "--name", "a").exit_code == 0
     library = tmp_path / "library"
     result = cli("masks", "diff", "a", "b", "--library", library)
@@ -157,5 +165,5 @@ def test_what_can_be_mended_is_one_line(cli, build, table, tmp_path):
     before = torch.cat([w.flatten() for w in masks(tmp_path)["a"].words.values()])
     (tmp_path / "one.csv").write_text("\n".join(TABLE.split("\n")[:2]))
     unequal = build("--csv", table, "--against", tmp_path / "one.csv", "--name", "a")
-    assert unequal.exit_code == 2 and "against: 1 texts against 2" in unequal.stderr
+    assert unequal.exit_code == 2 and "one.csv: 1 texts against 2" in unequal.stderr
     assert torch.equal(before, torch.cat([w.flatten() for w in masks(tmp_path)["a"].words.values()]))

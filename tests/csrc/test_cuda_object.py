@@ -113,3 +113,51 @@ def test_masked_linear_takes_two_instructions_a_pair_of_weights():
     assert count(inner, "LOP3") <= 256 + 8 * 2 * 4
     assert len(inner) <= 1.8 * 512
     assert count(code, r"LDGSTS\.E\.BYPASS\.128") and count(inner, r"LDS\.128") == 8
+
+
+# bf16, ranks of up to 16 and 64, whole chunks of 16 bytes
+LORA_DELTA = [("lora_delta_kernelILNS_5DtypeE1ELi16ELb1", 6), ("lora_delta_kernelILNS_5DtypeE1ELi64ELb1", 18)]
+
+
+@pytest.mark.parametrize(("kernel", "loads"), LORA_DELTA)
+def test_lora_delta_asks_for_its_factors_as_soon_as_it_knows_whose(kernel, loads):
+    """All of A and x that a lane multiplies comes before the first product and the copies of B, which are whole too."""
+    (code,) = named(kernel).values()
+    product = next(i for i, line in enumerate(code) if "HMMA" in line)
+    copy = next(i for i, line in enumerate(code) if "LDGSTS" in line)
+    assert count(code[:copy], r"LDG\.E\.128\.CONSTANT") == loads
+    assert copy < product and count(code[:product], r"LDG\.E\.128\.CONSTANT") == loads
+    assert count(code, "LDGSTS") == count(code, r"LDGSTS\.E\.BYPASS\.128") > 0
+
+
+@pytest.mark.skipif(not TARGETS[0].startswith(("9", "10", "12")), reason="this GPU has no clusters")
+@pytest.mark.parametrize("kernel", [name for name, _ in LORA_DELTA])
+def test_lora_delta_sends_its_sums_without_a_fence(kernel):
+    (code,) = named(kernel).values()
+    assert count(code, r"^(@\S+ )?STAS") == 8  # one to every block of the cluster
+    assert count(code, "UCGABAR_ARV") == count(code, "UCGABAR_WAIT") == 1
+    assert count(code, "MEMBAR") == 0
+
+
+@pytest.mark.parametrize("kernel", [name for name, _ in LORA_DELTA])
+def test_lora_delta_fetches_but_out_and_b_after_its_sums_are_on_their_way(kernel):
+    """What is small, like the scale, would be waited for as long as what is large. (Of two launches it reads sums.)"""
+    (code,) = named(kernel).values()
+    last = max(i for i, line in enumerate(code) if "HMMA" in line)
+    others = [line for line in code[last:] if re.search(r"LDG\.E(?!\.U16)", line)]
+    assert len(others) in (0, 8)
+
+
+def test_sparse_linear_takes_six_instructions_a_weight():
+    """Four weights a lane at a time: where they are, three words that hold them, and predicates for what is kept."""
+    (code,) = named("sparse_linear_kernelILNS_5DtypeE1ELi1E").values()  # bf16, one row
+    stage = min(tensor_core_loops(code), key=len)
+    products = [i for i, line in enumerate(stage) if "HMMA" in line]
+    assert len(products) == 8  # two for 16 weights a lane
+    step = stage[products[3] + 1 : products[5] + 1]
+    assert len(step) <= 5.5 * 16
+    assert count(step, r"LDS R") == 4 * 4 and count(step, "POPC") == 4 and count(step, r"LDG\.E\.64") == 1
+    assert count(step, "R2P") == 4  # four predicates at once
+    # What remains prepares the next stage: copies of its values, and where they begin.
+    assert count(stage, r"LDGSTS\.E\.BYPASS\.128") == 9 and count(stage, r"STS\.128") <= 2
+    assert count(stage, "SHFL") == 4

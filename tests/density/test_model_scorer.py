@@ -45,7 +45,7 @@ def scorer(patch, texts, references, policies, ahead, other=None):
     """
 
     def member(text, slot):
-        return Member(text, -1, -1, slot) if slot < 10 else Member(text, -1, -1, slot - 10, other)
+        return Member(text, (), -1, slot) if slot < 10 else Member(text, (), -1, slot - 10, other)
 
     return ModelScorer(
         patch,
@@ -190,8 +190,8 @@ def test_models_run_side_by_side_on_a_gpu_and_what_reads_their_logits_waits_for_
     patches = [Patch(part, anatomy(part), 1) for part in (net, other)]
     for patch in patches:
         patch.install()
-    rows = [Member([5, 6], -1, -1, -1), Member([7], -1, -1, -1)]
-    policies = [[Member([5, 6], -1, -1, -1, patches[1])], [Member([7], -1, -1, -1, patches[1])]]
+    rows = [Member([5, 6], (), -1, -1), Member([7], (), -1, -1)]
+    policies = [[Member([5, 6], (), -1, -1, patches[1])], [Member([7], (), -1, -1, patches[1])]]
 
     def scores(fork):
         scorer = ModelScorer(patches[0], rows, policies, stats=GenerationStats(), device=torch.device("cpu"))

@@ -56,7 +56,7 @@ def test_what_is_not_a_decoder_is_refused_by_name():
         anatomy(torch.nn.Sequential())
 
 
-def test_a_hybrid_that_does_not_call_itself_stateful_is_refused():
+def test_a_hybrid_that_does_not_call_itself_stateful_is_known_as_one():
     import transformers as t
 
     kinds = ["conv", "full_attention", "conv"]
@@ -69,5 +69,8 @@ def test_a_hybrid_that_does_not_call_itself_stateful_is_refused():
         num_key_value_heads=1,
         layer_types=kinds,
     )
-    with pytest.raises(UnsupportedModelError, match="Lfm2ForCausalLM keeps a recurrent state"):
-        anatomy(t.Lfm2ForCausalLM(config))
+    parts = anatomy(t.Lfm2ForCausalLM(config))
+    assert parts.recurrent == "Lfm2ForCausalLM" and len(parts.blocks) == 3
+    with pytest.raises(UnsupportedModelError, match="masks: Lfm2ForCausalLM keeps a recurrent state"):
+        parts.check_attention_only("masks")
+    assert anatomy(tiny.model()).recurrent is None

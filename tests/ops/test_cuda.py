@@ -23,6 +23,15 @@ def scores_accept(scores, accepted, *args):
     core.chunk_accept(accepted, scores, *of_accept, sizes[0], sizes[2])
 
 
+def lora_delta(*args):
+    *shared, inner = args
+    assert core.lora_delta_(*shared, 1) == -1
+    inners.append(inner)
+
+
+# The memory that lora_delta_ gave its kernel beside its arguments.
+inners = []
+
 # The kernel of the CPU that each is, with the number of threads for its last argument if it has any.
 LAUNCHERS = {
     "add_inject_rms_norm_cuda": (core.add_inject_rms_norm, 1),
@@ -30,7 +39,9 @@ LAUNCHERS = {
     "chunk_scores_accept_cuda": (scores_accept,),
     "chunk_scores_cuda": (core.chunk_scores,),
     "inject_cuda": (core.inject_, 1),
+    "lora_delta_cuda": (lora_delta,),
     "masked_linear_cuda": (core.masked_linear, 1),
+    "sparse_linear_cuda": (core.sparse_linear, 1),
     "steer_cuda": (core.steer_, 1),
 }
 
@@ -190,6 +201,139 @@ def test_masked_linear_of_many_rows_or_of_another_layout_goes_elsewhere_unless_c
     assert len(calls) == 4
     with pytest.raises(BackendError, match="masked_linear: backend 'cuda' cannot take a weight whose rows"):
         ops.masked_linear(*spread)
+
+
+@pytest.fixture
+def adapters(calls, monkeypatch):
+    """Arguments of lora_delta_ for a number of rows, where CPU tensors are a GPU's in the choice of a backend too."""
+    monkeypatch.setattr(ops._lora_delta, "_size", lambda x, A, B: x.shape[0])
+    monkeypatch.setattr(_cuda, "has_clusters", lambda index: True)
+    inners.clear()
+
+    def make(count, dtype=torch.float32, rank=6, features=40, outputs=24):
+        torch.manual_seed(2)
+        A, B = torch.randn(3, rank, features).to(dtype), torch.randn(3, rank, outputs).to(dtype).transpose(1, 2)
+        out, x = rows(dtype, count, outputs, outputs + 3), rows(dtype, count, features, features + 8)
+        slots = torch.arange(-1, 3, dtype=torch.int32).repeat(count)[:count]
+        return out, x, A, B, slots, torch.randn(3), torch.tensor([rank, 2, 0], dtype=torch.int32)
+
+    return make
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_lora_delta(calls, adapters, dtype, clusters, monkeypatch):
+    monkeypatch.setattr(_cuda, "has_clusters", lambda index: clusters)
+    args = adapters(7, dtype)
+    expected = args[0].clone()
+    ops._lora_delta.reference(expected, *args[1:])
+    ops.lora_delta_(*args)
+    torch.testing.assert_close(args[0], expected)
+    assert calls == [("lora_delta_cuda", STREAM - 1)]
+    assert [inner == 0 for inner in inners] == [clusters]
+
+
+@torch.no_grad()
+def test_bound_lora_delta_launches_at_once_what_the_kernel_is_for(calls, adapters, monkeypatch):
+    def through_the_operator(count, **shape):
+        out, x, *factors, slots, scale, ranks = adapters(count, **shape)
+        delta = ops._lora_delta.BoundDelta(*factors, scale, ranks)
+        # As of a GPU's factors, had they not been made on a CPU.
+        delta._backend = "cuda"
+        expected = out.contiguous()
+        found = delta.add_(expected.clone(), x.contiguous(), slots)
+        ops._lora_delta.reference(expected, x, *factors, slots, scale, ranks)
+        torch.testing.assert_close(found, expected)
+        return len(named)
+
+    named, op = [], ops._lora_delta._op
+    monkeypatch.setattr(ops._lora_delta, "_op", lambda *args: (named.append(args), op(*args))[1])
+    assert through_the_operator(16, rank=64) == 0
+    assert calls == [("lora_delta_cuda", STREAM - 1)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ({"rank": 65}, "a rank of 65"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"features": 42}, None),
+        ({"outputs": 27}, None),
+        ({"count": 17}, None),
+    ],
+)
+def test_lora_delta_that_the_cuda_kernel_is_not_for(calls, adapters, monkeypatch, shape, why):
+    args = adapters(**{"count": 16, **shape})
+    expected = args[0].clone()
+    ops._lora_delta.reference(expected, *args[1:])
+    out = args[0].clone()
+    ops.lora_delta_(out, *args[1:])
+    torch.testing.assert_close(out, expected)
+    assert calls == []
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    if why:
+        with pytest.raises(BackendError, match=f"lora_delta_: backend 'cuda' cannot take {why}"):
+            ops.lora_delta_(*args)
+        return
+    ops.lora_delta_(*args)
+    torch.testing.assert_close(args[0], expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["out", "A"])
+def test_lora_delta_takes_no_rows_that_are_not_adjacent(calls, adapters, monkeypatch, name):
+    args = dict(zip(("out", "x", "A", "B", "slots", "scale", "ranks"), adapters(4), strict=True))
+    args[name] = args[name].repeat_interleave(2, -1)[..., ::2]
+    ops.lora_delta_(**args)
+    assert calls == []
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match=f"'cuda' cannot take an `{name}` whose rows are not adjacent"):
+        ops.lora_delta_(**args)
+
+
+def compressed(dtype, count=4, outputs=5, features=41):
+    weight, kept = rows(dtype, outputs, features), torch.rand(outputs, 64) < 0.5
+    with ops.use_backend("reference"):
+        packed = ops.compress(weight, ops.pack_mask(kept)[:, : -(-features // 32)])
+    return rows(dtype, features, count).t(), *packed
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_sparse_linear(calls, dtype, biased):
+    args = *compressed(dtype), torch.randn(10).to(dtype)[::2] if biased else None
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == [("sparse_linear_cuda", STREAM - 1)]
+
+
+def test_sparse_linear_of_many_rows_goes_elsewhere_unless_cuda_was_asked_for(calls, monkeypatch):
+    few, many = compressed(torch.bfloat16, 16), compressed(torch.bfloat16, 17)
+    ops.sparse_linear(*few)
+    assert len(calls) == 1
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many), atol=0.1, rtol=0.05)
+    assert len(calls) == 1
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    torch.testing.assert_close(ops.sparse_linear(*many), ops._sparse_linear.reference(*many))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x, *packed: (x.double(), packed[0].double(), *packed[1:]), "dtype torch.float64"),
+        (lambda x, values, *rest: (x, values.repeat_interleave(2)[::2], *rest), "compressed weights"),
+        (lambda x, values, bitmap, offsets: (x, values, bitmap.t().contiguous().t(), offsets), "compressed weights"),
+    ],
+)
+def test_compressed_weights_that_cuda_does_not_take(calls, monkeypatch, change, why):
+    args = change(*compressed(torch.float32))
+    torch.testing.assert_close(ops.sparse_linear(*args), ops._sparse_linear.reference(*args))
+    assert calls == []
+    monkeypatch.setattr(_backend, "_forced", "cuda")
+    monkeypatch.setattr(_backend, "pick", lambda *args: "cuda")
+    with pytest.raises(BackendError, match=f"sparse_linear: backend 'cuda' cannot take {why}"):
+        ops.sparse_linear(*args)
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,13 @@ def _case(
 
 def cases(tiny: bool = False) -> tuple[GpuCase, ...]:
     if tiny:
-        return (_case(5, 40, 70, 3, 4), _case(300, 20, 70, 2, 4, launches=3))
+        return (_case(5, 40, 70, 3, 4), _case(12, 320, 136, 3, 20), _case(300, 20, 70, 2, 4, launches=3))
     return (
         _case(64, 4096, 4096, 16, 16, share=0.3),
         _case(64, 4096, 14336, 16, 16, share=0.3),
         _case(1, 4096, 4096, 1, 16),
+        _case(8, 4096, 4096, 8, 16),
+        _case(16, 4096, 14336, 4, 64),
         _case(256, 4096, 4096, 64, 64),
         _case(4096, 4096, 4096, 4, 16, launches=3),
     )

@@ -52,7 +52,7 @@ def _case(outputs: int, features: int, rows: int, density: float = 0.5, goal: fl
 
 def cases(tiny: bool = False) -> tuple[GpuCase, ...]:
     if tiny:
-        return (_case(6, 72, 1), _case(5, 40, 3, 0.3), _case(3, 45, 49))
+        return (_case(6, 72, 1), _case(5, 40, 3, 0.3), _case(3, 45, 49), _case(9, 2060, 9, 0.6))
     return (
         _case(14336, 4096, 1, goal=1.4),
         _case(14336, 4096, 8),

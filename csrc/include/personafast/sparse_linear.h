@@ -28,6 +28,10 @@ struct SparseLinearArgs {
 // been written. A bitmap that keeps more than its row has reads the next rows' values, zeros beyond the last.
 int64_t sparse_linear_cpu(const SparseLinearArgs& args, int threads);
 
+// See personafast/cuda.h. Offsets out of range are taken for the nearest that are not; of values that are not there
+// zeros are taken. A row's result does not depend on the other rows, nor on the device.
+int sparse_linear_cuda(const SparseLinearArgs& args, void* stream);
+
 // values and row_offsets of the weights that `bitmap` keeps, in the layout of SparseLinearArgs: `fill` false counts
 // into row_offsets, `fill` true copies, with row_offsets as the first call left them.
 struct CompressArgs {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from personafast.cli.masks.common import check_model
 from personafast.cli.options import assignments
 from personafast.cli.progress import progress_bar
 from personafast.errors import PersonafastError
@@ -75,14 +76,16 @@ def build(
     """
     from personafast.cli.loading import load_model
     from personafast.library import PersonaLibrary
-    from personafast.masks import build_mask, build_opposing_masks, read_texts
-    from personafast.masks.build import SCORES
+    from personafast.masks import PersonaMask, build_mask, build_opposing_masks, read_texts
+    from personafast.masks.build import check_options
+    from personafast.masks.sparsity import resolve
+    from personafast.masks.targets import find_targets
     from personafast.models.anatomy import anatomy
 
     source = _source(texts, csv)
+    # Whatever can be refused is refused before the calibration, which may take hours.
     score = score or ("wanda" if against is None else "contrastive_wanda")
-    if score not in SCORES:
-        raise PersonafastError(f"--score {score!r}: choose one of {', '.join(SCORES)}")
+    check_options(score=score, statistic=statistic, group=group, gamma=gamma, seed=seed)
     if against is None and score.startswith("contrastive"):
         raise PersonafastError(f"--score {score}: needs the opposing persona's texts; give --against")
     if against is None and opposite is not None:
@@ -90,17 +93,24 @@ def build(
     wanted = _sparsity(sparsity)
     own = read_texts(source, containing=containing)
     other = None
+    opposite = opposite or f"not-{name}"
     if against is not None:
         same = against.resolve() == source.resolve()
         other = read_texts(against, side="negative" if same else "positive", containing=containing)
+        if len(other) != len(own):
+            raise PersonafastError(f"--against {against}: {len(other)} texts against {len(own)}; give equally many")
+        if opposite == name:
+            raise PersonafastError(f"--opposite {opposite!r}: is the mask's own name; give another")
+    for key in (name, opposite):
+        PersonaLibrary().add_mask(key, PersonaMask({}, {}))  # refuses what cannot be a name
     target = PersonaLibrary.from_pretrained(library) if (library / "library.json").is_file() else None
 
-    net, tokenizer, _ = load_model(model, dtype, device)
+    net, tokenizer, _ = load_model(model, dtype, device, dense=True)
     shape = anatomy(net).shape
     if target is None:
         target = PersonaLibrary(shape)
-    if target.shape not in (None, shape):
-        raise PersonafastError(f"--library {library}: made for another model; give another folder")
+    check_model(library, target, shape)
+    resolve(net, find_targets(net), wanted)
     common: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length}
     gathered = _gather(net, tokenizer, own, statistics, name, common)
     options: dict[str, Any] = {
@@ -112,11 +122,10 @@ def build(
         "seed": seed,
         "experts": experts,
     }
-    made: dict[str, PersonaMask] = {}
+    made = {}
     if other is None:
         made[name] = build_mask(net, gathered, **options)
     else:
-        opposite = opposite or f"not-{name}"
         file = statistics and statistics.with_name(f"{statistics.stem}.opposite{statistics.suffix}")
         opposing = _gather(net, tokenizer, other, file, opposite, common)
         made[name], made[opposite] = build_opposing_masks(net, gathered, opposing, **options)

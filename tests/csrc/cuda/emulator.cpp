@@ -34,12 +34,12 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kThreads = 1024;
+constexpr unsigned kCluster = 8;  // the most blocks that every GPU with clusters takes
 constexpr size_t kSharedBytes = 227 << 10;
 constexpr size_t kStaticSharedBytes = 48 << 10;
-constexpr int kInvalidValue = 1;
 constexpr int kInvalidConfiguration = 9;
 
-enum class State { ready, at_barrier, at_exchange, ended };
+enum class State { ready, at_barrier, at_exchange, at_cluster, at_mailbox, ended };
 
 struct Copy {
   unsigned char* to;
@@ -47,16 +47,30 @@ struct Copy {
   size_t bytes;
 };
 
+struct Block {
+  uint3 index;
+  std::map<const void*, std::pair<std::unique_ptr<unsigned char[]>, size_t>> arrays;
+  std::unique_ptr<unsigned char[]> dynamic;
+  size_t static_bytes;
+};
+
 struct Thread {
   State state;
+  Block* block;
+  size_t number;  // in its block
   uint3 index;
+  // How often it has come to the cluster's barrier, and has left it.
+  size_t arrivals;
+  size_t meetings;
+  const uint64_t* box;  // waited for
   // The last exchange: what for, with whom, and what was sent and received.
   const char* what;
   unsigned mask;
   size_t bytes;
   Sent sent;
   unsigned partners;
-  Sent received[32];
+  const Sent* received;  // of the warp, in `gathered` of one of the partners
+  Sent gathered[32];
   std::vector<std::vector<Copy>> copies;  // the last group is open
   unsigned char* stack;
 #if defined(__x86_64__)
@@ -71,9 +85,9 @@ std::vector<Thread> threads;
 Thread* current = nullptr;
 void (*body)(const void*) = nullptr;
 const void* context = nullptr;
-std::map<const void*, std::pair<std::unique_ptr<unsigned char[]>, size_t>> arrays;
-std::unique_ptr<unsigned char[]> dynamic;
-size_t static_bytes = 0;
+Block blocks[kCluster];
+size_t block_threads = 0;  // of one block
+size_t dynamic_bytes = 0;
 
 #if defined(__x86_64__)
 void* scheduler;
@@ -110,6 +124,7 @@ namespace {
 void resume(Thread& thread) {
   current = &thread;
   threadIdx = thread.index;
+  blockIdx = thread.block->index;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.stack, kStack);
 #endif
@@ -155,6 +170,7 @@ void start() {
 
 void prepare(Thread& thread) {
   thread.state = State::ready;
+  thread.arrivals = thread.meetings = 0;
   thread.copies.assign(1, {});
   thread.fake_stack = nullptr;
   if (thread.stack == nullptr) {
@@ -207,16 +223,14 @@ bool finish_exchanges(size_t first, size_t count) {
       partners |= 1u << j;
     }
     if (!complete) continue;
+    // All of them read it before any of them is here again.
     for (size_t j = 0; j < count; ++j) {
       if ((partners >> j & 1u) == 0) continue;
       Thread& other = threads[first + j];
+      if (thread.bytes > 0) memcpy(thread.gathered[j].bytes, other.sent.bytes, thread.bytes);
       other.partners = partners;
-      for (size_t k = 0; k < count; ++k) {
-        if (partners >> k & 1u) memcpy(other.received[k].bytes, threads[first + k].sent.bytes, thread.bytes);
-      }
-    }
-    for (size_t j = 0; j < count; ++j) {
-      if (partners >> j & 1u) threads[first + j].state = State::ready;
+      other.received = thread.gathered;
+      other.state = State::ready;
     }
     any = true;
   }
@@ -224,51 +238,98 @@ bool finish_exchanges(size_t first, size_t count) {
 }
 
 [[noreturn]] void fail_at(const Thread& thread) {
-  size_t barrier = 0, exchange = 0, ended = 0;
-  for (const Thread& other : threads) {
-    if (&other - threads.data() >= static_cast<ptrdiff_t>(static_cast<size_t>(blockDim.x) * blockDim.y * blockDim.z)) {
-      break;
-    }
-    barrier += other.state == State::at_barrier;
-    exchange += other.state == State::at_exchange;
-    ended += other.state == State::ended;
+  size_t barrier = 0, exchange = 0, cluster = 0, mailbox = 0, ended = 0;
+  const Thread* const first = &thread - thread.number;
+  for (const Thread* other = first; other < first + block_threads; ++other) {
+    barrier += other->state == State::at_barrier;
+    exchange += other->state == State::at_exchange;
+    cluster += other->state == State::at_cluster;
+    mailbox += other->state == State::at_mailbox;
+    ended += other->state == State::ended;
   }
+  blockIdx = thread.block->index;
   fail(
       "thread (%u, %u, %u) waits in %s for lanes %08x that do not come: %zu threads wait in __syncthreads, %zu for "
-      "their warp, %zu have ended",
-      thread.index.x, thread.index.y, thread.index.z, thread.what, thread.mask, barrier, exchange, ended);
+      "their warp, %zu for the cluster, %zu for a mailbox, %zu have ended",
+      thread.index.x, thread.index.y, thread.index.z, thread.what, thread.mask, barrier, exchange, cluster, mailbox,
+      ended);
 }
 
-void run_block(size_t count, uint64_t& random) {
+// Lets the block's threads go on if all that have not ended are at its barrier.
+bool finish_barrier(size_t first) {
+  size_t waiting = 0, ended = 0;
+  for (size_t i = first; i < first + block_threads; ++i) {
+    waiting += threads[i].state == State::at_barrier;
+    ended += threads[i].state == State::ended;
+  }
+  if (waiting == 0 || waiting + ended < block_threads) return false;
+  for (size_t i = first; i < first + block_threads; ++i) {
+    if (threads[i].state == State::at_barrier) threads[i].state = State::ready;
+  }
+  return true;
+}
+
+// Lets those go on for whom all of the cluster that have not ended have come.
+bool finish_cluster(size_t count) {
+  size_t come = SIZE_MAX;
   for (size_t i = 0; i < count; ++i) {
-    prepare(threads[i]);
-    const uint32_t n = static_cast<uint32_t>(i);
-    threads[i].index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
+    if (threads[i].state != State::ended) come = std::min(come, threads[i].arrivals);
+  }
+  bool any = false;
+  for (size_t i = 0; i < count; ++i) {
+    if (threads[i].state != State::at_cluster || threads[i].meetings >= come) continue;
+    ++threads[i].meetings;
+    threads[i].state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
+bool has_all(uint64_t box) { return box >> 32 == (box & 0xffffffffu); }
+
+// Lets those go on whose mailbox has all it was opened for.
+bool finish_mail(size_t count) {
+  bool any = false;
+  for (size_t i = 0; i < count; ++i) {
+    if (threads[i].state != State::at_mailbox || !has_all(*threads[i].box)) continue;
+    threads[i].state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
+void run_cluster(size_t count, uint64_t& random) {
+  for (size_t i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    prepare(thread);
+    thread.block = &blocks[i / block_threads];
+    thread.number = i % block_threads;
+    const uint32_t n = static_cast<uint32_t>(thread.number);
+    thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
   }
   while (true) {
     for (size_t i : order(count, random)) {
       if (threads[i].state == State::ready) resume(threads[i]);
     }
     bool any = false;
-    for (size_t first = 0; first < count; first += 32) {
-      any = finish_exchanges(first, std::min<size_t>(32, count - first)) || any;
+    for (size_t block = 0; block < count; block += block_threads) {
+      for (size_t first = 0; first < block_threads; first += 32) {
+        any = finish_exchanges(block + first, std::min<size_t>(32, block_threads - first)) || any;
+      }
+      any = finish_barrier(block) || any;
     }
-    size_t waiting = 0, ended = 0;
+    any = finish_cluster(count) || any;
+    any = finish_mail(count) || any;
+    size_t ended = 0;
     for (size_t i = 0; i < count; ++i) {
-      waiting += threads[i].state == State::at_barrier;
       ended += threads[i].state == State::ended;
+      any = any || threads[i].state == State::ready;
     }
     if (ended == count) return;
-    if (waiting + ended == count) {
-      for (size_t i = 0; i < count; ++i) {
-        if (threads[i].state == State::at_barrier) threads[i].state = State::ready;
-      }
-      continue;
-    }
-    for (size_t i = 0; i < count && !any; ++i) any = threads[i].state == State::ready;
     for (size_t i = 0; i < count && !any; ++i) {
       if (threads[i].state == State::at_exchange) fail_at(threads[i]);
     }
+    if (!any) fail("threads wait in __syncthreads, for the cluster or for a mailbox, and nobody comes");
   }
 }
 
@@ -286,32 +347,38 @@ void fail(const char* format, ...) {
   _Exit(1);
 }
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(const void*), const void* arguments) {
+int run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*kernel)(const void*),
+        const void* arguments) {
   const uint64_t count = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (count == 0 || count > kThreads || block.z > 64 || grid.x == 0 || grid.x > INT32_MAX || grid.y == 0 ||
-      grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
+      grid.y > 65535 || grid.z == 0 || grid.z > 65535 || cluster == 0 || cluster > kCluster || grid.x % cluster != 0) {
     return kInvalidConfiguration;
   }
-  if (shared_bytes > kSharedBytes) return kInvalidValue;
+  if (shared_bytes > kSharedBytes) return personafast::cuda::kInvalidValue;
   if (current != nullptr) fail("a kernel launches a kernel");
-  if (threads.empty()) threads.resize(kThreads);
+  if (threads.size() < count * cluster) threads.resize(count * cluster);
   body = kernel;
   context = arguments;
   gridDim = grid;
   blockDim = block;
+  block_threads = count;
+  dynamic_bytes = shared_bytes;
   uint64_t random = schedule;
-  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  for (size_t i : order(blocks, random)) {
-    const uint64_t n = i;
-    blockIdx = {static_cast<uint32_t>(n % grid.x), static_cast<uint32_t>(n / grid.x % grid.y),
-                static_cast<uint32_t>(n / grid.x / grid.y)};
-    dynamic.reset(new unsigned char[shared_bytes]);
-    memset(dynamic.get(), 0xff, shared_bytes);
-    run_block(count, random);
-    arrays.clear();
-    static_bytes = 0;
+  for (size_t i : order(static_cast<uint64_t>(grid.x) * grid.y * grid.z / cluster, random)) {
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      const uint64_t n = i * cluster + rank;
+      blocks[rank].index = {static_cast<uint32_t>(n % grid.x), static_cast<uint32_t>(n / grid.x % grid.y),
+                            static_cast<uint32_t>(n / grid.x / grid.y)};
+      blocks[rank].dynamic.reset(new unsigned char[shared_bytes]);
+      memset(blocks[rank].dynamic.get(), 0xff, shared_bytes);
+    }
+    run_cluster(count * cluster, random);
+    for (Block& done : blocks) {
+      done.arrays.clear();
+      done.static_bytes = 0;
+      done.dynamic.reset();
+    }
   }
-  dynamic.reset();
   current = nullptr;
   return 0;
 }
@@ -333,24 +400,61 @@ void barrier() {
   leave(false);
 }
 
-unsigned lane() { return static_cast<unsigned>(current - threads.data()) % 32; }
+void cluster_arrive() {
+  if (current->arrivals != current->meetings) fail("a thread arrives twice at the cluster's barrier");
+  ++current->arrivals;
+}
+
+void cluster_wait() {
+  if (current->arrivals == current->meetings) fail("a thread waits for the cluster, but has not arrived");
+  current->state = State::at_cluster;
+  leave(false);
+}
+
+unsigned lane() { return static_cast<unsigned>(current->number) % 32; }
 
 unsigned partners() { return current->partners; }
 
 void* shared(const void* key, size_t bytes) {
-  auto& [array, size] = arrays[key];
+  auto& [array, size] = current->block->arrays[key];
   if (array == nullptr) {
     array.reset(new unsigned char[bytes]);
     memset(array.get(), 0xff, bytes);
     size = bytes;
-    static_bytes += bytes;
-    if (static_bytes > kStaticSharedBytes) fail("%zu bytes of static shared memory", static_bytes);
+    current->block->static_bytes += bytes;
+    if (current->block->static_bytes > kStaticSharedBytes) {
+      fail("%zu bytes of static shared memory", current->block->static_bytes);
+    }
   }
   if (size != bytes) fail("one shared array of two sizes");
   return array.get();
 }
 
-void* dynamic_shared() { return dynamic.get(); }
+void* dynamic_shared() { return current->block->dynamic.get(); }
+
+void* remote(void* at, size_t bytes, unsigned rank) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(at) - reinterpret_cast<uintptr_t>(dynamic_shared());
+  if (offset + bytes > dynamic_bytes) fail("an address of another block that is outside its shared memory");
+  if (rank >= kCluster || blocks[rank].dynamic == nullptr) fail("the cluster has no block %u", rank);
+  if (current->meetings == 0) fail("block %u of the cluster is sent to, and may not have begun", rank);
+  const Thread* const first = threads.data() + rank * block_threads;
+  if (std::all_of(first, first + block_threads, [](const Thread& thread) { return thread.state == State::ended; })) {
+    fail("block %u of the cluster is sent to, and has ended", rank);
+  }
+  return blocks[rank].dynamic.get() + offset;
+}
+
+void count_mail(uint64_t* box, size_t bytes) {
+  if (*box == ~uint64_t{0}) fail("a mailbox that nobody has opened");
+  if (has_all(*box)) fail("a mailbox that expects no more");
+  *box += static_cast<uint64_t>(bytes) << 32;
+}
+
+void wait_for_mail(const uint64_t* box) {
+  current->box = box;
+  current->state = State::at_mailbox;
+  leave(false);
+}
 
 void copy_async(void* to, const void* from, size_t bytes) {
   current->copies.back().push_back({static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes});

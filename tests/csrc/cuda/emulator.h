@@ -3,12 +3,12 @@
 // CUDA in plain C++, so that the kernels of csrc/cuda run where there is no GPU, under the sanitizers too. Every thread
 // of a block is a fiber of the one thread of the process. A fiber runs until it waits, for its block (__syncthreads) or
 // for lanes of its warp (__shfl_*_sync, ...); then the next one runs, in an order that `schedule` chooses and that no
-// kernel may depend on. Blocks run one after the other. Shared memory lies on the heap, all bits set in each new block,
-// which makes NaN of it as fp32, bf16 and fp16.
+// kernel may depend on. Blocks run one after the other, those of a cluster by turns. Shared memory lies on the heap,
+// all bits set in each new block, which makes NaN of it as fp32, bf16 and fp16.
 //
 // What CUDA leaves undefined ends the process, with a line that says why: a barrier of the warp that named lanes never
 // come to, a shuffle from a lane outside its mask, an access of 16 bytes at another address, a copy that was never
-// waited for.
+// waited for, a number sent to a block that may not have begun, has ended, or expects no more.
 
 #include <math.h>
 #include <stddef.h>
@@ -62,12 +62,15 @@ extern int multiprocessors;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// Runs body(context) once in every thread; returns 0, or CUDA's code for a launch that is too large.
-int run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
+// Runs body(context) once in every thread; returns 0, or CUDA's code for a launch that is too large. Clusters are of
+// `cluster` blocks that are neighbours in x.
+int run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*body)(const void*), const void* context);
 
 // Waits for all lanes of `mask` that have not ended; what each of them has sent.
 const Sent* exchange(unsigned mask, const char* what, const void* sent, size_t bytes);
 void barrier();
+void cluster_arrive();
+void cluster_wait();
 unsigned lane();
 // The lanes of `mask` that took part in this thread's last exchange.
 unsigned partners();
@@ -75,6 +78,11 @@ unsigned partners();
 // The block's array that `key` stands for.
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
+// What `at`, in this block's dynamic shared memory, is in that of the cluster's block `rank`.
+void* remote(void* at, size_t bytes, unsigned rank);
+// A mailbox: the bytes it was opened for, and from bit 32 on those that have come.
+void count_mail(uint64_t* box, size_t bytes);
+void wait_for_mail(const uint64_t* box);
 
 void copy_async(void* to, const void* from, size_t bytes);
 void copies_commit();
@@ -137,6 +145,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return bits;
 }
 
+inline unsigned __match_any_sync(unsigned mask, uint32_t value) {
+  const emulator::Sent* sent = emulator::exchange(mask, "__match_any_sync", &value, sizeof(value));
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (emulator::partners() >> lane & 1u) bits |= (memcmp(sent[lane].bytes, &value, 4) == 0 ? 1u : 0u) << lane;
+  }
+  return bits;
+}
+
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 template <class T>
@@ -155,6 +172,10 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (by & 31u));
+}
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
@@ -192,6 +213,12 @@ inline uint4 load16(const void* at) {
   return words;
 }
 inline uint4 load16_read_only(const void* at) { return load16(at); }
+inline uint2 load8_read_only(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) emulator::fail("8 bytes at %p, which is no multiple of 8", at);
+  uint2 words;
+  memcpy(&words, at, 8);
+  return words;
+}
 inline uint4 load16_read_once(const void* at) { return load16(at); }
 inline void store16(void* at, uint4 words) { memcpy(const_cast<void*>(wide(at)), &words, 16); }
 
@@ -208,6 +235,23 @@ inline float float_of(uint32_t bits) {
 }
 
 inline uint32_t opaque(uint32_t bits) { return bits; }
+inline uintptr_t opaque_address(uintptr_t bits) { return bits; }
+
+// As on a GPU they do not begin with 0.
+constexpr uint32_t kSharedBegin = 1024;
+inline uint32_t shared_address(const void* at) {
+  return kSharedBegin + static_cast<uint32_t>(static_cast<const unsigned char*>(at) -
+                                              static_cast<unsigned char*>(emulator::dynamic_shared()));
+}
+inline unsigned char* shared_at(uint32_t address) {
+  return static_cast<unsigned char*>(emulator::dynamic_shared()) + (int64_t{address} - kSharedBegin);
+}
+inline uint32_t shared_word(uint32_t address) {
+  if (address % 4 != 0) emulator::fail("4 bytes at %u of shared memory, which is no multiple of 4", address);
+  uint32_t word;
+  memcpy(&word, shared_at(address), 4);
+  return word;
+}
 
 inline float bf16_to_float(uint32_t low_bits) { return float_of(low_bits << 16); }
 float f16_to_float(uint32_t low_bits);
@@ -218,6 +262,10 @@ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c);
 
 inline void copy16_async(void* shared, const void* global) {
   emulator::copy_async(const_cast<void*>(wide(shared)), wide(global), 16);
+}
+inline void store16_shared(uint32_t address, uint4 words) { store16(shared_at(address), words); }
+inline void copy16_async_if(bool condition, uint32_t shared, const void* global) {
+  if (condition) copy16_async(shared_at(shared), global);
 }
 inline void copy4_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 4 != 0 || reinterpret_cast<uintptr_t>(global) % 4 != 0) {
@@ -234,19 +282,34 @@ void copies_wait() {
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void mailbox_open(uint64_t* box, uint32_t bytes) { *box = bytes; }
+inline void mailbox_send(float* at, uint64_t* box, unsigned rank, float value) {
+  memcpy(emulator::remote(at, sizeof(value), rank), &value, sizeof(value));
+  emulator::count_mail(static_cast<uint64_t*>(emulator::remote(box, sizeof(*box), rank)), sizeof(value));
+}
+inline void mailbox_wait(uint64_t* box) { emulator::wait_for_mail(box); }
+
 template <class Args>
-int launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, void*, const Args& args) {
+int launch_clusters(void (*kernel)(Args), dim3 grid, unsigned cluster, dim3 block, size_t shared_bytes, void*,
+                    const Args& args) {
   struct Call {
     void (*kernel)(Args);
     const Args& args;
   } call = {kernel, args};
   return emulator::run(
-      grid, block, shared_bytes,
+      grid, block, cluster, shared_bytes,
       [](const void* context) {
         const Call& c = *static_cast<const Call*>(context);
         c.kernel(c.args);
       },
       &call);
+}
+
+template <class Args>
+int launch(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args& args) {
+  return launch_clusters(kernel, grid, 1, block, shared_bytes, stream, args);
 }
 
 }  // namespace personafast::cuda

@@ -50,6 +50,7 @@ struct Lanes {
   int* down;
   int* first;
   unsigned* ballot;
+  unsigned* match;
 };
 
 // A quarter of each warp leaves; the others go on without it.
@@ -60,19 +61,21 @@ void lanes_kernel(Lanes a) {
   if (lane >= 24) return;
   a.first[t] = __shfl_sync(0x00ffffffu, t, 0);
   a.ballot[t] = __ballot_sync(0x00ffffffu, lane % 3 == 0);
+  a.match[t] = __match_any_sync(0x00ffffffu, static_cast<uint32_t>(lane % 3));
   __syncthreads();
 }
 
 void test_lanes(Random& random) {
   Buffer<int> up(random, 64, -1), down(random, 64, -1), first(random, 64, -1);
-  Buffer<unsigned> ballot(random, 64, 0);
-  require_launched(
-      launch(lanes_kernel, dim3(1), dim3(64), 0, nullptr, Lanes{up.data(), down.data(), first.data(), ballot.data()}));
+  Buffer<unsigned> ballot(random, 64, 0), match(random, 64, 0);
+  require_launched(launch(lanes_kernel, dim3(1), dim3(64), 0, nullptr,
+                          Lanes{up.data(), down.data(), first.data(), ballot.data(), match.data()}));
   for (int t = 0; t < 64; ++t) {
     const int lane = t % 32;
     require(up[t] == (lane == 0 ? t : t - 1) && down[t] == (lane > 29 ? t : t + 2), "thread %d shifts wrongly", t);
     require(first[t] == (lane < 24 ? t - lane : -1), "thread %d reads lane 0 wrongly", t);
     require(ballot[t] == (lane < 24 ? 0x00249249u : 0u), "thread %d votes wrongly", t);
+    require(match[t] == (lane < 24 ? 0x00249249u << (lane % 3) : 0u), "thread %d matches wrongly", t);
   }
 }
 
@@ -109,6 +112,47 @@ void test_products(Random& random) {
       for (int64_t k = 0; k < 16; ++k) sum += a.get(i, k) * b.get(k, j);
       require_close(d.get(i, j), sum, 1e-5, "d", i, j);
     }
+  }
+}
+
+struct Exchange {
+  const float* values;  // [blocks, threads]
+  float* sums;          // [blocks]
+  bool meets;           // before blocks send to each other
+  bool waits;           // for what the others send
+  uint32_t missing;     // bytes that the mailbox is not told of
+};
+
+// Every block sends its numbers to all of its cluster, of 4, and adds up what it got.
+void exchange_kernel(Exchange a) {
+  PERSONAFAST_DYNAMIC_SHARED(shared);
+  uint64_t* const box = reinterpret_cast<uint64_t*>(shared);
+  float* const received = reinterpret_cast<float*>(box + 1);
+  const unsigned rank = blockIdx.x % 4, count = blockDim.x;
+  if (threadIdx.x == 0) mailbox_open(box, 16 * count - a.missing);
+  if (a.meets) cluster_arrive();
+  const float value = a.values[blockIdx.x * count + threadIdx.x];
+  if (a.meets) cluster_wait();
+  for (unsigned to = 0; to < 4; ++to) mailbox_send(received + rank * count + threadIdx.x, box, to, value);
+  if (!a.waits) return;
+  mailbox_wait(box);
+  float sum = 0;
+  for (unsigned i = 0; i < 4 * count; ++i) sum += received[i];
+  if (threadIdx.x == 0) a.sums[blockIdx.x] = sum;
+}
+
+void test_clusters(Random& random) {
+  const int64_t blocks = 4 * random.between(1, 3), threads = random.between(1, 40);
+  Buffer<float> values(random, blocks * threads, 0), sums(random, blocks, -1);
+  for (int64_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(random.between(-50, 50));
+  require_launched(launch_clusters(exchange_kernel, dim3(static_cast<uint32_t>(blocks)), 4,
+                                   dim3(static_cast<uint32_t>(threads)), static_cast<size_t>(threads) * 16 + 8, nullptr,
+                                   Exchange{values.data(), sums.data(), true, true, 0}));
+  for (int64_t b = 0; b < blocks; ++b) {
+    float sum = 0;
+    for (int64_t i = 0; i < 4 * threads; ++i) sum += values[b / 4 * 4 * threads + i];
+    require(sums[b] == sum, "block %lld has %g, expected %g", static_cast<long long>(b), static_cast<double>(sums[b]),
+            static_cast<double>(sum));
   }
 }
 
@@ -181,11 +225,38 @@ void misaligned(Nothing) {
   load16(bytes + 8);
 }
 
+void arrives_twice(Nothing) {
+  cluster_arrive();
+  cluster_arrive();
+}
+void waits_only(Nothing) { cluster_wait(); }
+void half_at_another_barrier(Nothing) {
+  if (threadIdx.x == 0) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+void exchange(bool meets, bool waits, int missing) {
+  static float values[8], sums[8];
+  launch_clusters(exchange_kernel, dim3(4), 4, dim3(2), 40, nullptr,
+                  Exchange{values, sums, meets, waits, static_cast<uint32_t>(missing)});
+}
+
 const Fault kFaults[] = {
     {"waits in __shfl_xor_sync", [] { launch(one_thread_shuffles, dim3(1), dim3(32), 0, nullptr, Nothing{}); }},
     {"reads lane 0, which is not there", [] { launch(reads_an_ended_lane, dim3(1), dim3(32), 0, nullptr, Nothing{}); }},
     {"is not of its own mask", [] { launch(not_in_its_mask, dim3(1), dim3(32), 0, nullptr, Nothing{}); }},
     {"which is no multiple of 16", [] { launch(misaligned, dim3(1), dim3(1), 0, nullptr, Nothing{}); }},
+    {"may not have begun", [] { exchange(false, true, 0); }},
+    {"has ended", [] { exchange(true, false, 0); }},
+    {"expects no more", [] { exchange(true, true, 4); }},
+    {"for a mailbox, and nobody comes", [] { exchange(true, true, -4); }},
+    {"arrives twice", [] { launch_clusters(arrives_twice, dim3(2), 2, dim3(1), 0, nullptr, Nothing{}); }},
+    {"has not arrived", [] { launch_clusters(waits_only, dim3(2), 2, dim3(1), 0, nullptr, Nothing{}); }},
+    {"and nobody comes", [] { launch_clusters(half_at_another_barrier, dim3(2), 2, dim3(2), 0, nullptr, Nothing{}); }},
     {"has not waited for its copies",
      [] {
        alignas(16) static float from[8];
@@ -239,12 +310,15 @@ void test_limits() {
   require(launch(+kernel, dim3(1), dim3(1025), 0, nullptr, Nothing{}) != 0, "1025 threads");
   require(launch(+kernel, dim3(1, 65536), dim3(1), 0, nullptr, Nothing{}) != 0, "65536 blocks in y");
   require(launch(+kernel, dim3(0), dim3(1), 0, nullptr, Nothing{}) != 0, "no block");
+  require(launch_clusters(+kernel, dim3(9), 9, dim3(1), 0, nullptr, Nothing{}) != 0, "clusters of 9");
+  require(launch_clusters(+kernel, dim3(9), 2, dim3(1), 0, nullptr, Nothing{}) != 0, "half a cluster");
   require(launch(+kernel, dim3(1), dim3(1), 228 << 10, nullptr, Nothing{}) != 0, "more shared memory than there is");
 }
 
 void one(Random& random) {
   test_sums(random);
   test_lanes(random);
+  test_clusters(random);
   test_products(random);
   test_copies(random);
   test_numbers(random);
