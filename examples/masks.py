@@ -78,7 +78,9 @@ KINDS = (
 # Picked on seed 0: the most of the traits while most replies are grammatical.
 CHOSEN, AT = KINDS[-1], 0.5
 PLAIN = KINDS[-2].name
-COLOURS = ("#8a8f98", *c.COLOURS)
+COLOURS = dict(
+    zip(("random", "wanda", "contrastive_wanda", "contrastive_sparse"), ("#8a8f98", *c.COLOURS), strict=False)
+)
 
 
 @dataclass(frozen=True)
@@ -367,24 +369,30 @@ def _points(value: Mapping[str, float]) -> str:
 
 def _draw(figure: Any, settings: Mapping[str, Any], sweep: Any, pairs: Any, dense: Counts) -> None:
     places = settings["sparsities"]
-    panels = figure.subplots(1, 3)
-    for axes, where in zip(panels, (ALL, DOWN), strict=False):
-        for name, colour in zip(dict.fromkeys(r["name"] for r in sweep if r["where"] == where), COLOURS, strict=False):
-            mine = [row["counts"] for row in sweep if (row["where"], row["name"]) == (where, name)]
-            _band(axes, places, [rate(counts) for counts in mine], colour, name)
+    *panels, last = figure.subplots(1, 3)
+    for axes, where in zip(panels, (ALL, DOWN), strict=True):
+        for kind in KINDS:
+            if kind.where != where:
+                continue
+            colour, mine = COLOURS[kind.score], [row["counts"] for row in sweep if _is(row, kind)]
+            _band(axes, places, [rate(counts) for counts in mine], colour, kind.name)
             axes.plot(places, [100 * rate(counts, "grammatical")["rate"] for counts in mine], ":", color=colour, lw=1.2)
         axes.axhline(100 * rate(dense)["rate"], color=c.INK, lw=0.8)
-        axes.set_title(f"{where}: % that show the trait (band), grammatical (dots)", size=9, color=c.INK)
+        axes.set_title(f"{where}: trait (lines), grammar (dots), %", size=9, color=c.INK)
         axes.set_ylim(-2, 102)
-    for where, style in ((ALL, "--"), (DOWN, "-")):
-        names = dict.fromkeys(row["name"] for row in pairs if row["where"] == where)
-        for name, colour in zip(names, COLOURS[1:], strict=False):
-            mine = [row["counts"] for row in pairs if (row["where"], row["name"]) == (where, name)]
-            _band(panels[2], places, [separation(counts) for counts in mine], colour, f"{name}: {where}", style)
-    panels[2].set_title(f"{' and '.join(PAIR)} told apart, points", size=9, color=c.INK)
-    for axes in panels:
+    for kind in KINDS:
+        mine = [separation(row["counts"]) for row in pairs if _is(row, kind)]
+        if mine:
+            style = "--" if kind.where == ALL else "-"
+            _band(last, places, mine, COLOURS[kind.score], f"{kind.name}: {kind.where}", style)
+    last.set_title(f"{' and '.join(PAIR)} told apart, points", size=9, color=c.INK)
+    for axes in (*panels, last):
         axes.set_xlabel("sparsity", color=c.INK)
         axes.legend(frameon=False, fontsize=7)
+
+
+def _is(row: Mapping[str, Any], kind: Kind) -> bool:
+    return (row["where"], row["name"]) == (kind.where, kind.name)
 
 
 def _band(axes: Any, places: Any, values: Any, colour: str, label: str, style: str = "-") -> None:
