@@ -298,7 +298,7 @@ def report(result: Mapping[str, Any]) -> c.Report:
         figure.axes[0].set_ylabel("seeking answers less dense, points (band: 95 %)", color=c.INK)
         figure.axes[0].legend(frameon=False)
 
-    models = f"{len(settings['seeds'])} models trained from scratch (seeds {', '.join(map(str, settings['seeds']))})"
+    models = f"Models trained from scratch, one a seed ({', '.join(map(str, settings['seeds']))})"
     said = (
         f"{models}, {settings['items']} two-way items each; log-probability of an answer a token; Wilson intervals and "
         "paired ones (Bonett and Price) over items and seeds."
