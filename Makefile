@@ -45,7 +45,7 @@ demo: $(STAMP) ## Compare every method on the built-in model
 
 examples: $(STAMP) ## Run the experiments on the zoo; write docs/examples.md
 	mkdir -p benchmarks/results/examples build
-	for name in tone chunk_size reference_swap steering; do \
+	for name in tone chunk_size reference_swap steering masks; do \
 	  $(PY) examples/$$name.py --json benchmarks/results/examples/$$name.json --plot build/$$name.png $(ARGS) || exit $$?; \
 	done
 	$(PY) examples/report.py

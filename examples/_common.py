@@ -218,33 +218,73 @@ def arguments(doc: str, *, name: str, replies: int, traits: Sequence[str], repea
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed repeats, whose medians count ({repeats})")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same replies (0)")
     parser.add_argument("--traits", nargs="+", default=list(traits), metavar="TRAIT", help=" ".join(traits))
+    outputs(parser, name)
+    return parser
+
+
+def outputs(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options for where results go."""
     parser.add_argument("--json", metavar="PATH", help="write the results there; - prints them and nothing else")
     plot = f"personafast-{name}.png"
     parser.add_argument("--plot", metavar="PATH", help=f"where the plot goes ({plot}; none with --json -)")
     parser.set_defaults(default_plot=plot)
-    return parser
 
 
-def check(args: argparse.Namespace, *, at_least: int = 2, at_most: int | None = None) -> None:
+def grid(parser: argparse.ArgumentParser, seeds: Sequence[int], sparsities: Sequence[float]) -> None:
+    """The options of experiments with masks: seeds and sparsities."""
+    numbers = " ".join(map(str, seeds))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED", help=f"({numbers})")
+    numbers = " ".join(map(str, sparsities))
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", default=list(sparsities), metavar="S", help=f"({numbers})"
+    )
+
+
+def check_grid(args: argparse.Namespace) -> None:
+    """Refuse seeds and sparsities that cannot work, and put the sparsities in order.
+
+    Raises:
+        PersonafastError: naming the option and the mend.
+    """
+    args.sparsities = sorted(set(args.sparsities))
+    for sparsity in args.sparsities:
+        if not 0 < sparsity < 1:
+            raise PersonafastError(f"--sparsities {sparsity:g}: give numbers between 0 and 1")
+    if min(args.seeds) < 0 or len(set(args.seeds)) != len(args.seeds):
+        raise PersonafastError(f"--seeds {' '.join(map(str, args.seeds))}: give different ones of 0 or more")
+
+
+def check(args: argparse.Namespace, *, at_least: int = 2, at_most: int | None = None, together: bool = True) -> None:
     """Refuse what cannot work before any work is done; settles where the plot goes.
+
+    `together`: the traits are to share a reply, so opposites are refused.
 
     Raises:
         PersonafastError: naming the option and the mend.
     """
     for option in ("replies", "repeats"):
-        if getattr(args, option) < 1:
+        if getattr(args, option, 1) < 1:
             raise PersonafastError(f"--{option} {getattr(args, option)}: give at least 1")
-    if args.seed < 0:
+    if getattr(args, "seed", 0) < 0:
         raise PersonafastError(f"--seed {args.seed}: give 0 or more")
     for name in args.traits:
         if name not in TRAITS:
             raise PersonafastError(f"--traits: {name!r} is not one of {', '.join(sorted(TRAITS))}")
-        if TRAITS[name].opposite in args.traits:
+        if together and TRAITS[name].opposite in args.traits:
             raise PersonafastError(f"--traits: {name} and {TRAITS[name].opposite} never share a reply; choose others")
     count = len(args.traits)
     if len(set(args.traits)) != count or count < at_least or (at_most is not None and count > at_most):
         wanted = f"exactly {at_least}" if at_most == at_least else f"{at_least} or more"
         raise PersonafastError(f"--traits: {' '.join(args.traits)}; give {wanted} different ones")
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse places that results cannot go to; settles where the plot goes.
+
+    Raises:
+        PersonafastError: naming the option and the mend.
+    """
     drawing = importlib.util.find_spec("matplotlib") is not None
     if args.plot is not None and not drawing:
         raise PersonafastError("--plot: matplotlib is missing; `pip install personafast[eval]` brings it")
@@ -270,8 +310,13 @@ def settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "alpha": 1.0,
         "max_new_tokens": MAX_NEW_TOKENS,
         **more,
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        "machine": machine(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """What a run ran with; no figure but the timings follows from it."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def conditions(result: Mapping[str, Any]) -> str:
@@ -338,6 +383,7 @@ class Report:
     sections: Sequence[Section]
     findings: Sequence[str]
     draw: Callable[[Any], None]
+    conditions: str | None = None  # instead of those of `conditions`
 
 
 def deliver(args: argparse.Namespace, result: Mapping[str, Any], report: Report) -> None:
@@ -364,8 +410,12 @@ def show(result: Mapping[str, Any], report: Report, console: Console | None = No
             table = _table(section, narrow=True)
         console.print(table)
         console.print()
-    for line in [conditions(result).replace("`", ""), *report.findings]:
+    for line in [_conditions(result, report).replace("`", ""), *report.findings]:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _conditions(result: Mapping[str, Any], report: Report) -> str:
+    return conditions(result) if report.conditions is None else report.conditions
 
 
 def _table(section: Section, narrow: bool) -> Table:
@@ -402,7 +452,7 @@ def markdown(result: Mapping[str, Any], report: Report) -> str:
         rows = [[column.title for column in section.columns], ["---", *["---:"] * (len(section.columns) - 1)]]
         rows += [[column.cell(record) for column in section.columns] for record in section.records]
         blocks.append(f"{section.title}:\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
-    return "\n\n".join([*blocks, conditions(result), *(f"- {line}" for line in report.findings)]).replace(
+    return "\n\n".join([*blocks, _conditions(result, report), *(f"- {line}" for line in report.findings)]).replace(
         "\n\n- ", "\n- "
     )
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import _common as c
 import chunk_size
+import masks
+import power
 import reference_swap
 import steering
 import tone
@@ -20,7 +22,14 @@ from personafast import PersonafastError
 from personafast._io import read_json, write_text
 from personafast.errors import FormatError
 
-EXPERIMENTS = {"tone": tone, "chunk_size": chunk_size, "reference_swap": reference_swap, "steering": steering}
+EXPERIMENTS = {
+    "tone": tone,
+    "chunk_size": chunk_size,
+    "reference_swap": reference_swap,
+    "steering": steering,
+    "masks": masks,
+    "power": power,
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -181,11 +181,12 @@ def test_without_matplotlib_a_plot_that_was_asked_for_is_refused(example, capsys
     assert "personafast[eval]" in capsys.readouterr().err
 
 
-def test_the_page_is_filled_between_its_marks(results, example, tmp_path, capsys):
+def test_the_page_is_filled_between_its_marks(results, example, tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.md"
     marks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->" for name in (*SMALL, "steering")]
     page.write_text("\n\nkept\n\n".join(marks), encoding="utf-8")
     report, run = example("report"), example("_common").run
+    monkeypatch.setattr(report, "EXPERIMENTS", {name: example(name) for name in (*SMALL, "steering")})
     assert run(report.main, [str(results[1]), str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "old" not in text and text.count("kept") == 3 and "| scr linear |" in text and "| block k=8 |" in text
