@@ -54,7 +54,7 @@ test: $(STAMP) test-triton test-cuda ## Run the tests that fit a small machine
 	$(PY) -m pytest -m "not slow" --durations=10 $(ARGS)
 
 test-triton: $(STAMP) ## Run the Triton kernels in Triton's interpreter, without a GPU
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted -m "not slow"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_kernels/interpreted -m "not slow"
 
 test-cuda: $(VENV)/bin/ninja ## Run the CUDA kernels as plain C++, without a GPU and without nvcc
 	$(CONFIGURE) -B build/emulated -DPERSONAFAST_TESTS=ON -DPERSONAFAST_CUDA=OFF
@@ -63,7 +63,7 @@ test-cuda: $(VENV)/bin/ninja ## Run the CUDA kernels as plain C++, without a GPU
 
 test-all: $(STAMP) sanitize cuda-all ## Run every test, those that train the zoo's models and the sanitizers included
 	$(PY) -m pip install --quiet --editable '.[dev,zoo]'
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton/interpreted
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_kernels/interpreted
 	$(PY) -m pytest --durations=10 $(ARGS)
 
 # Neither torch nor the Python module is needed here, so this target needs no installation.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 
 # What a machine's folder holds, in the order of the page.
-SUITES = ("ops", "decode", "blend", "steering")
+SUITES = ("ops", "decode", "blend", "steer")
 
 Record = Mapping[str, Any]
 
@@ -76,7 +76,7 @@ def _machine(machine: Mapping[str, Any]) -> Iterator[str]:
         yield "### Goals"
         yield _table(["case", "against", "goal", "measured", ""], goals, "llrrl")
     yield f"![Ratios and shares of the read bandwidth](performance-{machine['name']}.png)"
-    for suite, title in (("decode", "Decoding"), ("blend", "Blending"), ("steering", "Steering")):
+    for suite, title in (("decode", "Decoding"), ("blend", "Blending"), ("steer", "Steering")):
         decoding = [case for case in machine.get(suite, {}).get("cases", []) if "skipped" not in case]
         if decoding:
             yield f"### {title}"

@@ -32,7 +32,7 @@ def test_steering(view: View, contender: str, benchmark: Any, bench: Any, pytest
             pytest.skip(str(why))
 
     benchmark.group = view.name
-    found = bench.measured("steering", ORDER, view.name, run)
+    found = bench.measured("steer", ORDER, view.name, run)
     if contender in found.absent:
         pytest.skip(found.absent[contender])
     benchmark.extra_info.update(found.record["contenders"][contender])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so these tests have a process of their own: `make test` runs
-# `TRITON_INTERPRET=1 pytest tests/triton/interpreted` before all others.
+# `TRITON_INTERPRET=1 pytest tests/gpu_kernels/interpreted` before all others.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
