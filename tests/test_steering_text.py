@@ -378,7 +378,7 @@ def test_rows_of_the_banks_are_counted_before_any_goes(net, library):
             speak(net, handle, chats(), many)
         with (
             handle.using(many[:1]),
-            pytest.raises(pf.PersonafastError, match="2 rows .* beside 1 of the rows in force"),
+            pytest.raises(pf.PersonafastError, match="2 rows .* beside 1 of personas in force"),
         ):
             handle.cast.steps(many[1:])
         assert torch.equal(speak(net, handle, chats(), [many[0], many[1], None]), before)
