@@ -13,20 +13,23 @@ from personafast._io import atomic_directory, read_json, read_safetensors, write
 from personafast.density.lora import LoraPolicy
 from personafast.errors import FormatError, PersonafastError
 from personafast.masks.mask import PersonaMask
+from personafast.masks.storage import PackedMasks, read_masks
 from personafast.models.anatomy import Anatomy, ModelShape, linear_features
 from personafast.persona import Persona
 from personafast.vectors.card import CONVENTION, read_card, write_card
 from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
 
-FORMAT_VERSION = 1
-_INDEX, _VECTORS, _MASKS, _POLICIES = "library.json", "vectors.safetensors", "masks.safetensors", "policies"
+# 2 where masks are stored as differences from a base; a library without is readable for those who know 1 only.
+FORMAT_VERSIONS = (1, 2)
+_INDEX, _VECTORS, _POLICIES = "library.json", "vectors.safetensors", "policies"
 
 
 class PersonaLibrary:
     """Named vectors, masks and policies for one model.
 
     On disk it is a folder: `library.json` (what is inside, for which model), `vectors.safetensors`,
-    `masks.safetensors` (bit-packed), and one PEFT adapter folder a policy under `policies/`.
+    `masks.safetensors` and `mask_base.safetensors` (bit-packed: one base, and in what each mask differs from it), and
+    one PEFT adapter folder a policy under `policies/`.
 
     Args:
         shape: the model the entries belong to; None until known, then every entry is checked against it.
@@ -150,16 +153,13 @@ class PersonaLibrary:
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and ((folder / _INDEX).is_file() or not any(folder.iterdir()))):
             raise PersonafastError(f"{folder}: holds something else than a library; save to a new or empty folder")
+        masks = PackedMasks.of(self._masks)
         with atomic_directory(folder) as target:
-            write_json(target / _INDEX, self._index())
+            write_json(target / _INDEX, self._index(masks))
             if self._vectors:
                 tensors = {name: vector.directions for name, vector in self._vectors.items()}
                 write_safetensors(target / _VECTORS, tensors, {"convention": CONVENTION})
-            if self._masks:
-                words = {
-                    f"{name}::{path}": word for name, mask in self._masks.items() for path, word in mask.words.items()
-                }
-                write_safetensors(target / _MASKS, words, {"packing": "1 bit a weight along in, LSB first, 32 a word"})
+            masks.write(target)
             for name, policy in self._policies.items():
                 policy.save_pretrained(target / _POLICIES / name)
 
@@ -172,9 +172,10 @@ class PersonaLibrary:
         """
         folder = _local(Path(folder))
         index = read_json(folder / _INDEX)
-        if not isinstance(index, dict) or index.get("format_version") != FORMAT_VERSION:
+        if not isinstance(index, dict) or index.get("format_version") not in FORMAT_VERSIONS:
             raise FormatError(
-                f"{folder / _INDEX}: expected format_version {FORMAT_VERSION}; save the library again with this version"
+                f"{folder / _INDEX}: expected format_version {' or '.join(map(str, FORMAT_VERSIONS))}; save the "
+                "library again with this version"
             )
         try:
             return cls._from_index(folder, index)
@@ -186,7 +187,9 @@ class PersonaLibrary:
         shape = index.get("model")
         library = cls(ModelShape(**shape) if shape else None)
         library._read_vectors(folder, index.get("vectors") or {})
-        library._read_masks(folder, index.get("masks") or {})
+        base = (index.get("mask_base") or {}).get("sha256")
+        for name, mask in read_masks(folder, index.get("masks") or {}, base).items():
+            library.add_mask(name, mask)
         for name, card in (index.get("policies") or {}).items():
             policy = LoraPolicy.from_pretrained(folder / _POLICIES / name)
             vocab = card.get("vocab_size") or policy.vocab_size
@@ -206,15 +209,16 @@ class PersonaLibrary:
             api.upload_folder(repo_id=repo_id, folder_path=str(Path(folder) / "library"))
         return str(address)
 
-    def _index(self) -> dict[str, Any]:
+    def _index(self, masks: PackedMasks) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if masks.base else 1,
             "model": asdict(self.shape) if self.shape else None,
             "vectors": {name: write_card(vector) for name, vector in sorted(self._vectors.items())},
             "masks": {
                 name: {"in_features": dict(sorted(mask.in_features.items())), **mask.metadata}
                 for name, mask in sorted(self._masks.items())
             },
+            **({"mask_base": {"sha256": masks.checksum}} if masks.base else {}),
             "policies": {
                 name: {"vocab_size": policy.vocab_size or (self.shape.vocab_size if self.shape else None)}
                 for name, policy in sorted(self._policies.items())
@@ -232,24 +236,6 @@ class PersonaLibrary:
                 self.add_vector(name, read_card(tensors[name], card))
             except PersonafastError as error:
                 raise FormatError(f"{folder / _VECTORS}: {name!r}: {error}") from None
-
-    def _read_masks(self, folder: Path, cards: Mapping[str, dict[str, Any]]) -> None:
-        if not cards:
-            return
-        tensors, _ = read_safetensors(folder / _MASKS)
-        for name, card in cards.items():
-            widths = card.get("in_features") or {}
-            keys = {path: f"{name}::{path}" for path in widths}
-            missing = [path for path, key in keys.items() if key not in tensors]
-            if missing or not keys:
-                what = missing[0] if missing else "every linear"
-                raise FormatError(f"{folder / _MASKS}: lacks the mask {name!r} of {what}; save the library again")
-            metadata = {key: value for key, value in card.items() if key != "in_features"}
-            try:
-                mask = PersonaMask({path: tensors[key] for path, key in keys.items()}, widths, metadata)
-            except PersonafastError as error:
-                raise FormatError(f"{folder / _MASKS}: {name!r}: {error}") from None
-            self.add_mask(name, mask)
 
     def _fit_vector(self, name: str, vector: PersonaVector) -> None:
         if self.shape is not None:

@@ -1,4 +1,4 @@
-"""The command line: `personafast demo`, `generate`, `doctor`, `vectors`, `masks` and `zoo`.
+"""The command line: `personafast demo`, `generate`, `doctor`, `eval`, `vectors`, `masks` and `zoo`.
 
 Results go to stdout, progress and notes to stderr. An error a caller can mend is one line on stderr and exit code 2.
 """

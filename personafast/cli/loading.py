@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from personafast.errors import FormatError, PersonafastError
 from personafast.library import PersonaLibrary
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLibrary]:
+def load_model(name: str, dtype: str, device: str, *, dense: bool = False) -> tuple[Any, Any, PersonaLibrary]:
     """Model, tokenizer and its own library (empty but for the zoo) of "zoo", a checkpoint folder or a hub name.
+
+    The folder may be a compressed checkpoint, unless `dense` weights are needed.
 
     Weights are read from safetensors only, and no code of a checkpoint is run. Of its generation settings only the
     special tokens are kept, so that the command's options alone say how to sample.
@@ -39,15 +44,18 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any, PersonaLib
         if dtype != "auto":
             model = model.to(getattr(torch, dtype))
     else:
-        model, tokenizer = _load_checkpoint(name, dtype)
+        model, tokenizer = _load_checkpoint(name, dtype, place, dense)
         library = PersonaLibrary()
     # transformers lays a checkpoint's penalties, cut-offs and banned tokens over the options of a call.
     ids = {key: getattr(model.generation_config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
+    # A compressed one has weights without memory, which cannot be moved; it is where it belongs already.
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model, tokenizer, library
     return model.to(place).eval(), tokenizer, library
 
 
-def _load_checkpoint(name: str, dtype: str) -> tuple[Any, Any]:
+def _load_checkpoint(name: str, dtype: str, place: torch.device, dense: bool) -> tuple[Any, Any]:
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise FormatError(f"--model {name}: no such folder; give a checkpoint folder, a hub name or zoo")
@@ -57,14 +65,27 @@ def _load_checkpoint(name: str, dtype: str) -> tuple[Any, Any]:
         )
     source = str(folder) if folder.is_dir() else name
 
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from personafast.masks.checkpoint import is_compressed, load_compressed
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    compressed = is_compressed(folder)
+    if compressed and dense:
+        raise FormatError(
+            f"--model {name}: a compressed checkpoint, which lacks what its mask drops; give the one it was made from"
+        )
     # Whatever transformers raises on a foreign folder, the caller can only mend the folder; --debug shows the cause.
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        if compressed:
+            model = load_compressed(folder, dtype=None if dtype == "auto" else getattr(torch, dtype), device=place)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except FormatError:
+        raise
     except Exception as error:
         broken = _broken_weights(folder)
         if broken is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +42,24 @@ class CompressedWeight:
         """Compress a linear's weight and free it: its parameter stays by name and shape, without memory (meta)."""
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
-        values, bitmap, row_offsets = ops.compress(weight.detach(), words.to(weight.device))
-        taken = cls(values, bitmap, row_offsets, weight.requires_grad)
+        taken = cls(*ops.compress(weight.detach(), words.to(weight.device)), weight.requires_grad)
         linear.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-        linear.__dict__["_personafast_compressed"] = taken
+        taken.install(linear)
+        return taken
+
+    def install(self, linear: nn.Module, *, forward: bool = False) -> None:
+        """Be the weight of a linear whose own is on the meta device; with `forward` for calls of the linear too.
+
+        `attach` replaces the forward of what it compresses itself; a linear that is loaded compressed needs one.
+        """
+        if forward:
+            # A partial, not a closure: a deep copy of the model computes with the copy's weights.
+            linear.forward = functools.partial(_product, linear)
+        linear.__dict__["_personafast_compressed"] = self
         linear.__dict__["_personafast_hooks"] = [
             linear.register_state_dict_post_hook(_save_dense),
             linear.register_load_state_dict_pre_hook(_refuse_to_load),
         ]
-        return taken
 
     def put_back(self, linear: nn.Module) -> None:
         """Give the linear a dense weight again: what was kept, and zeros for what is gone."""
@@ -72,6 +82,11 @@ class CompressedWeight:
         """x [..., I] -> [..., O]."""
         flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
         return flat.view(*x.shape[:-1], -1)
+
+
+def _product(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name for it
+    compressed: CompressedWeight = linear.__dict__["_personafast_compressed"]
+    return compressed(input, linear._parameters["bias"])
 
 
 def _save_dense(linear: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

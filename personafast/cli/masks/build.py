@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from personafast.cli.masks.common import check_model
 from personafast.cli.options import assignments
 from personafast.cli.progress import progress_bar
 from personafast.errors import PersonafastError
@@ -104,12 +105,11 @@ def build(
         PersonaLibrary().add_mask(key, PersonaMask({}, {}))  # refuses what cannot be a name
     target = PersonaLibrary.from_pretrained(library) if (library / "library.json").is_file() else None
 
-    net, tokenizer, _ = load_model(model, dtype, device)
+    net, tokenizer, _ = load_model(model, dtype, device, dense=True)
     shape = anatomy(net).shape
     if target is None:
         target = PersonaLibrary(shape)
-    if target.shape not in (None, shape):
-        raise PersonafastError(f"--library {library}: made for another model; give another folder")
+    check_model(library, target, shape)
     resolve(net, find_targets(net), wanted)
     common: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length}
     gathered = _gather(net, tokenizer, own, statistics, name, common)

@@ -21,12 +21,20 @@ def inspect(
     name: Annotated[str | None, typer.Argument(help="A mask; without one, every mask gets a line.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what share of each module's weights a mask keeps, and its bytes."""
+    """Show what share of each module's weights a mask keeps, and its bytes in memory and on disk.
+
+    On disk, masks that differ little share a base: a mask's own bytes are what it adds to the library.
+    """
     from personafast.library import PersonaLibrary
+    from personafast.masks.storage import stored_bytes
 
     found = PersonaLibrary.from_pretrained(library)
     masks = {name: mask_of(found, name, library)} if name is not None else dict(sorted(found.masks.items()))
-    facts = {key: _facts(mask, name is not None) for key, mask in masks.items()}
+    on_disk, base = stored_bytes(library)
+    facts = {
+        key: {**_facts(mask, name is not None), "disk_bytes": on_disk.get(key, 0), "base_bytes": base}
+        for key, mask in masks.items()
+    }
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     elif name is not None:
@@ -71,6 +79,7 @@ def _print_one(name: str, facts: dict[str, Any]) -> None:
     table.add_section()
     table.add_row("all", f"{100 * facts['kept']:.2f}", f"{facts['weights']:,}", f"{facts['bytes']:,}")
     console.print(table)
+    console.print(_on_disk([facts]))
     console.print(fact_table("How it was made", facts["made"]))
 
 
@@ -81,9 +90,22 @@ def _print_all(facts: dict[str, Any], library: Path) -> None:
     from personafast.cli.facts import plain
 
     table = Table(title=f"Masks of {library}", title_justify="left")
-    for heading in ("mask", "kept, %", "linears", "bytes", "made by"):
+    for heading in ("mask", "kept, %", "linears", "bytes", "on disk", "made by"):
         table.add_column(heading, justify="left" if heading in ("mask", "made by") else "right")
     for name, row in facts.items():
         kept = f"{100 * row['kept']:.2f}"
-        table.add_row(name, kept, str(row["linears"]), f"{row['bytes']:,}", plain(row["made"]))
+        sizes = f"{row['bytes']:,}", f"{row['disk_bytes']:,}"
+        table.add_row(name, kept, str(row["linears"]), *sizes, plain(row["made"]))
     Console().print(table)
+    if facts:
+        Console().print(_on_disk(list(facts.values())))
+
+
+def _on_disk(facts: list[dict[str, Any]]) -> str:
+    base, count = facts[0]["base_bytes"], len(facts)
+    added = sum(row["disk_bytes"] for row in facts) / count
+    # Theirs hold a bool, one byte a weight.
+    theirs = sum(row["weights"] for row in facts) / count
+    shared = f"{base:,} bytes of the base that masks share, and " if base else ""
+    times = f" ({theirs / added:.0f} times that in the authors' files)" if added else ""
+    return f"On disk: {shared}{added:,.0f} bytes a mask{times}"
