@@ -104,11 +104,14 @@ class Cast:
                 raise PersonafastError(
                     f"policies[{name!r}]: the library has a policy of that name too; rename one of them"
                 )
-        self._mask_slots = {name: slot for slot, name in enumerate(sorted(self.library.masks))}
+        # Names keep their slots: a text that is being written, or a scope around this call, goes on with them.
+        for name in sorted(self.library.masks):
+            self._mask_slots.setdefault(name, len(self._mask_slots))
         in_memory = [name for name, policy in self._members.items() if policy.lora is not None]
         for name in in_memory:
             self._lora(name).check(name, self.patch.parts)
-        self._adapter_names = [*sorted(self.library.policies), *in_memory]
+        names = [*sorted(self.library.policies), *in_memory]
+        self._adapter_names += [name for name in names if name not in self._adapter_names]
         self._merged = {}
         if self.only_mask is None:
             self.patch.set_masks(self._mask_banks())

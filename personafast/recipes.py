@@ -167,8 +167,9 @@ def _together(one: Window, other: Window) -> bool:
 
 
 def _content(step: Steering, vectors: Mapping[str, PersonaVector], share: float) -> Hashable:
-    # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
-    blended = tuple((vectors[name], c) for name, c in sorted(step.vectors.items()))
+    # By the vectors themselves: one replaced in the library under its old name, or written to in place, must not come
+    # from the bank.
+    blended = tuple((vectors[name], vectors[name].version, c) for name, c in sorted(step.vectors.items()))
     return blended, step.blocks, step.normalize, share
 
 

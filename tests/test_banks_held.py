@@ -7,6 +7,7 @@ import torch
 from helpers import tiny
 
 import personafast as pf
+from personafast.masks import PersonaMask
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 IDS = torch.randint(3, tiny.VOCAB, (1, 6), generator=torch.Generator().manual_seed(7))
@@ -154,3 +155,30 @@ def test_one_persona_stands_for_all_rows(net, library):
             assert torch.equal(net(ids).logits, expected)
         with pytest.raises(pf.PersonafastError, match="personas: expected a Persona or one a row, got str"):
             net(ids, personas="pirate")
+
+
+@torch.no_grad()
+def test_a_vector_that_is_written_to_in_place_is_used_as_it_is_now(net, library):
+    with pf.attach(net, library):
+        before = net(IDS, personas=[ONE]).logits
+        library.vectors["creative"].directions.mul_(-1)
+        assert not torch.equal(net(IDS, personas=[ONE]).logits, before)
+        library.vectors["creative"].directions.mul_(-1)
+        assert torch.equal(net(IDS, personas=[ONE]).logits, before)
+
+
+@torch.no_grad()
+def test_masks_and_policies_that_come_later_do_not_take_the_slots_of_those_in_use(net, library):
+    masked = pf.Persona(mask="introvert")
+    with pf.attach(net, library) as handle:
+        expected = net(IDS, personas=[masked]).logits
+        processor = pf.MPGLogitsProcessor(handle, pf.Persona(policies={"formal": 1.0}), IDS)
+        text = net.generate(IDS, **TEXT, logits_processor=[processor])
+        processor = pf.MPGLogitsProcessor(handle, pf.Persona(policies={"formal": 1.0}), IDS)
+        with handle.using([masked]):
+            library.add_policy("a", tiny.policy(net, 7))
+            words = {path: torch.zeros_like(part) for path, part in library.masks["introvert"].words.items()}
+            library.add_mask("a", PersonaMask(words, dict(library.masks["introvert"].in_features)))
+            assert not torch.allclose(net(IDS, personas=[pf.Persona(mask="a")]).logits, expected)
+            assert torch.equal(net(IDS).logits, expected)
+        assert torch.equal(net.generate(IDS, **TEXT, logits_processor=[processor]), text)

@@ -84,7 +84,8 @@ def extract_vectors(
     None where there are too few texts) and `best_block`, the block of the largest separation.
 
     Args:
-        model: a Hugging Face decoder, on any device.
+        model: a Hugging Face decoder, wherever its weights are; personas in force (`using`) and adapters that are on
+            are part of what is read.
         tokenizer: its tokenizer; a chat template is needed for chats and trait files.
         traits: trait -> source.
         method: `mean_diff`, `pca_diff`, `pca_center` or `logistic`, see `direction`.

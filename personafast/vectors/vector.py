@@ -87,6 +87,11 @@ class PersonaVector:
         return (min((block for block in range(count) if block not in self.missing), key=lambda b: abs(b - usual)),)
 
     @property
+    def version(self) -> int:
+        """Changes when `directions` is written to in place."""
+        return 0 if self.directions.is_inference() else self.directions._version
+
+    @property
     def norms(self) -> torch.Tensor:
         """Euclidean norm at every block, float32 [num_blocks]."""
         return self.directions.norm(dim=1)
