@@ -511,15 +511,16 @@ class PersonaScope:
     def _put(self, personas: Persona | Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:
         prompts = self._prompts
         if isinstance(personas, Persona):
-            given: list[Persona | None] = [personas] * (1 if prompt_lengths is None else len(prompt_lengths))
+            rows = len(prompt_lengths) if isinstance(prompt_lengths, Sequence) else 1
+            given: list[Persona | None] = [personas] * rows
         elif isinstance(personas, Sequence) and not isinstance(personas, str):
             given = list(personas)
         else:
             raise PersonafastError(f"personas: expected a Persona or one a row, got {type(personas).__name__}")
         if prompt_lengths is not None:
             prompts = Prompts(_prompt_lengths(prompt_lengths, len(given)))
-        rows = self.handle.cast.plain_rows(given, prompts)
-        self._rows.enter_context(self.handle.cast.patch.rows(rows))
+        slots = self.handle.cast.plain_rows(given, prompts)
+        self._rows.enter_context(self.handle.cast.patch.rows(slots))
         self._personas, self._prompts = given, prompts
 
 

@@ -155,6 +155,8 @@ def test_one_persona_stands_for_all_rows(net, library):
             assert torch.equal(net(ids).logits, expected)
         with pytest.raises(pf.PersonafastError, match="personas: expected a Persona or one a row, got str"):
             net(ids, personas="pirate")
+        with pytest.raises(pf.PersonafastError, match="prompt_lengths: expected one whole number a row, got 3"):
+            net(ids, personas=shaped, prompt_lengths=3)
 
 
 @torch.no_grad()

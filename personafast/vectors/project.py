@@ -75,6 +75,8 @@ def project(
         PersonafastError: no texts or vectors, a text without tokens, a vector of another width, number of blocks or
             hook point, a block out of range or missing, or a vector of norm zero at a block asked for.
     """
+    if isinstance(texts, str):
+        raise PersonafastError("texts: one text alone; give a list of texts")
     if not texts:
         raise PersonafastError("texts: empty; give at least one text")
     if not vectors:

@@ -91,6 +91,18 @@ def test_a_recurrent_model_is_read_as_any_other(kind):
         torch.testing.assert_close(alone.values["calm"][:, 0], states[0].detach() @ unit, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_of_no_texts_is_refused(net):
-    with pytest.raises(pf.PersonafastError, match="batch_size: 0 is not at least 1"):
-        project(net, tiny.tokenizer(), ["yes"], {"fixed": PersonaVector(torch.ones(3, 32))}, batch_size=0)
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (
+            "batch_size: 0 is not at least 1",
+            lambda net, tok, one: project(net, tok, ["yes"], {"one": one}, batch_size=0),
+        ),
+        ("texts: one text alone", lambda net, tok, one: project(net, tok, "yes a", {"one": one})),
+        ("traits: empty", lambda net, tok, one: extract_vectors(net, tok, {})),
+        (r"blocks \[0.5\] are not", lambda net, tok, one: PersonaVector(one.directions, [0.5])),
+    ],
+)
+def test_what_cannot_be_is_refused(net, message, call):
+    with pytest.raises(pf.PersonafastError, match=message):
+        call(net, tiny.tokenizer(), PersonaVector(torch.ones(tiny.BLOCKS, tiny.HIDDEN)))
