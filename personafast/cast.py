@@ -106,7 +106,8 @@ class Cast:
         in_memory = [name for name, policy in self._members.items() if policy.lora is not None]
         for name in in_memory:
             self._lora(name).check(name, self.patch.parts)
-        self._adapter_names = [*sorted(self.library.policies), *in_memory]
+        names = [*sorted(self.library.policies), *in_memory]
+        self._adapter_names += [name for name in names if name not in self._adapter_names]
         self._merged = {}
         if self.only_mask is None:
             self._hold_masks()

@@ -146,6 +146,7 @@ class PersonaHandle:
         self._only_mask = only_mask
         self.cast = Cast(patch, library, policies, only_mask, lambda: self.tokenizer, recorder)
         self._forward_rows: contextlib.ExitStack | None = None
+        self._scopes: list[PersonaScope] = []
         self._hooks: list[Any] = []
         self._note: GenerateNote | None = None
         try:
@@ -203,7 +204,7 @@ class PersonaHandle:
 
     @contextlib.contextmanager
     def using(
-        self, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None
+        self, personas: Persona | Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None
     ) -> Iterator[PersonaScope]:
         """Let every forward pass inside the `with` carry these personas, one a row: for stock `generate` and training.
 
@@ -215,7 +216,7 @@ class PersonaHandle:
         how many tokens they have, padding left out: give it where a pass holds prompt and response, as in training.
 
         Args:
-            personas: one a row, None for the plain model.
+            personas: one a row, None for the plain model, or one for all rows.
             prompt_lengths: tokens of every row's prompt.
 
         Returns:
@@ -227,10 +228,12 @@ class PersonaHandle:
         """
         self._check_attached()
         scope = PersonaScope(self, personas, prompt_lengths)
+        self._scopes.append(scope)
         try:
             yield scope
         finally:
-            scope.close()
+            self._scopes.remove(scope)
+            scope._rows.close()
 
     def speaking(self) -> contextlib.AbstractContextManager[None]:
         """Within this `with` the reference speaks without the PEFT adapters that are policies here.
@@ -457,7 +460,7 @@ class PersonaHandle:
                 raise PersonafastError("prompt_lengths: given without personas; leave it out, or give both")
             return None
         self._forward_rows = contextlib.ExitStack()
-        self._forward_rows.enter_context(self.using([personas] if isinstance(personas, Persona) else personas, lengths))
+        self._forward_rows.enter_context(self.using(personas, lengths))
         return args, kwargs
 
     def _after_forward(self, *_: Any) -> None:
@@ -474,33 +477,58 @@ class PersonaScope:
     """
 
     def __init__(
-        self, handle: PersonaHandle, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None
+        self,
+        handle: PersonaHandle,
+        personas: Persona | Sequence[Persona | None],
+        prompt_lengths: Sequence[int] | None,
     ) -> None:
         self.handle = handle
         self._rows = contextlib.ExitStack()
         # Begun inside of a generation, of which a callback makes passes of its own.
         self._prompts = Prompts(outer=handle.cast.patch.steering.generation)
-        self.set(personas, prompt_lengths)
+        self._personas: Persona | Sequence[Persona | None] = ()
+        self._put(personas, prompt_lengths)
 
-    def set(self, personas: Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:
+    def set(self, personas: Persona | Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:
         """From the next forward pass on carry these personas; other coefficients are another `Persona`.
 
         Prompts that an earlier pass of the scope held are remembered, so that personas may change while a text is
         written, between two passes over one cache.
 
         Args:
-            personas: one a row.
+            personas: one a row, or one for all rows.
             prompt_lengths: tokens of every row's prompt; None leaves them as they were known.
-        """
-        if prompt_lengths is not None:
-            self._prompts = Prompts(_prompt_lengths(prompt_lengths, len(personas)))
-        rows = self.handle.cast.plain_rows(personas, self._prompts)
-        self._rows.close()
-        self._rows.enter_context(self.handle.cast.patch.rows(rows))
 
-    def close(self) -> None:
-        """Put back what was in force before."""
+        Raises:
+            PersonafastError: as `PersonaHandle.using`, and those from before stay in force; or the `with` has ended, or
+                has another one inside it.
+        """
+        scopes = self.handle._scopes
+        if not scopes or scopes[-1] is not self:
+            why = "another one is in force inside it" if self in scopes else "it has ended"
+            raise PersonafastError(f"set: these personas belong to a `with personas.using(...)`, and {why}")
+        # Their rows of the bank are those that the new ones may take.
         self._rows.close()
+        try:
+            self._put(personas, prompt_lengths)
+        except BaseException:
+            self._put(self._personas)
+            raise
+
+    def _put(self, personas: Persona | Sequence[Persona | None], prompt_lengths: Sequence[int] | None = None) -> None:
+        prompts = self._prompts
+        if isinstance(personas, Persona):
+            rows = len(prompt_lengths) if isinstance(prompt_lengths, Sequence) else 1
+            given: list[Persona | None] = [personas] * rows
+        elif isinstance(personas, Sequence) and not isinstance(personas, str):
+            given = list(personas)
+        else:
+            raise PersonafastError(f"personas: expected a Persona or one a row, got {type(personas).__name__}")
+        if prompt_lengths is not None:
+            prompts = Prompts(_prompt_lengths(prompt_lengths, len(given)))
+        slots = self.handle.cast.plain_rows(given, prompts)
+        self._rows.enter_context(self.handle.cast.patch.rows(slots))
+        self._personas, self._prompts = given, prompts
 
 
 def _prompt_lengths(given: Sequence[int], rows: int) -> list[int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from personafast.errors import PersonafastError
-from personafast.models.banks import ADDED, VectorBank
+from personafast.models.banks import ADDED, Lease, VectorBank
 from personafast.models.steering import SteeredBlocks
 from personafast.models.steps import END, Bound, Step, Steps, Window
 from personafast.ops import SteerMode
@@ -115,26 +114,32 @@ def place(personas: Sequence[Persona | None], vectors: Mapping[str, PersonaVecto
     """The steps of every row; blends that are not in the banks are put there.
 
     Raises:
-        PersonafastError: a bank has fewer rows than the call needs, beside those of the rows in force.
+        PersonafastError: a blend that cannot be made, or a bank that has fewer rows than the call needs beside those
+            that are held (see `Lease`). The banks are as they were then.
     """
     plans: dict[int, list[Recipe]] = {}
     for persona in personas:
         if id(persona) not in plans:
             plans[id(persona)] = recipes(persona, vectors)
-    in_use = {adds: to.used(adds) for adds in (True, False)}
     every = [recipe for plan in plans.values() for recipe in plan]
+    leases: dict[tuple[bool, Hashable], Lease] = {}
+    new: list[tuple[VectorBank, Recipe, torch.Tensor]] = []
     for adds, bank in ((True, to.adds), (False, to.directions)):
-        _check_room(bank, [recipe.key for recipe in every if recipe.adds is adds], in_use[adds])
+        own = {recipe.key: recipe for recipe in every if recipe.adds is adds}
+        known = {(adds, key): lease for key in own if (lease := bank.known(key)) is not None}
+        _check_room(bank, len(own), len(known))
+        leases |= known
+        new += [(bank, recipe, recipe.row(vectors)) for key, recipe in own.items() if (adds, key) not in known]
+    # All are made by now: a call that cannot be served leaves the banks as they were.
+    for bank, recipe, row in new:
+        leases[recipe.adds, recipe.key] = bank.put(recipe.key, row, recipe.use)
     placed: dict[int, Steps] = {}
-    for known, plan in plans.items():
+    for who, plan in plans.items():
         steps = []
         for recipe in plan:
-            bank = to.adds if recipe.adds else to.directions
-            make = functools.partial(recipe.row, vectors)
-            slot = bank.slot(recipe.key, make, in_use[recipe.adds], recipe.use)
-            in_use[recipe.adds].add(slot)
-            steps.append(Step(recipe.lane, slot, bank.acts(slot), recipe.window))
-        placed[known] = tuple(steps)
+            bank, lease = to.adds if recipe.adds else to.directions, leases[recipe.adds, recipe.key]
+            steps.append(Step(recipe.lane, lease.slot, bank.acts(lease.slot), recipe.window, lease))
+        placed[who] = tuple(steps)
     return [placed[id(persona)] for persona in personas]
 
 
@@ -162,17 +167,17 @@ def _together(one: Window, other: Window) -> bool:
 
 
 def _content(step: Steering, vectors: Mapping[str, PersonaVector], share: float) -> Hashable:
-    # By the vectors themselves: one replaced in the library under its old name must not come from the bank.
-    blended = tuple((vectors[name], c) for name, c in sorted(step.vectors.items()))
+    # By the vectors themselves: one replaced in the library under its old name, or written to in place, must not come
+    # from the bank.
+    blended = tuple((vectors[name], vectors[name].version, c) for name, c in sorted(step.vectors.items()))
     return blended, step.blocks, step.normalize, share
 
 
-def _check_room(bank: VectorBank, keys: Iterable[Hashable], in_use: set[int]) -> None:
-    needed = set(keys)
-    held = in_use - {slot for slot in (bank.known(key) for key in needed) if slot is not None}
-    if len(needed) + len(held) > bank.capacity:
-        others = f" beside {len(held)} of the rows in force" if held else ""
+def _check_room(bank: VectorBank, needed: int, known: int) -> None:
+    held = len(bank.in_use) - known
+    if needed + held > bank.capacity:
+        others = f" beside {held} of personas in force and of texts that are being written" if held else ""
         raise PersonafastError(
-            f"personas: this call needs {len(needed)} rows of the bank, one for each different blend or operation"
+            f"personas: this call needs {needed} rows of the bank, one for each different blend or operation"
             f"{others}, and it has {bank.capacity}; attach with a larger max_personas"
         )

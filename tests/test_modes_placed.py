@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.hooks import adding, by_blocks
+from helpers.placing import HOW, placed
 
 import personafast as pf
 
@@ -13,20 +14,7 @@ IDS = torch.randint(3, tiny.VOCAB, (2, 6), generator=torch.Generator().manual_se
 OPTIONS = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
 
 
-def placed(net, how, folder):
-    accelerate = pytest.importorskip("accelerate")
-    if how == "one device":
-        return accelerate.dispatch_model(net, {"": "cpu"}, force_hooks=True)
-    if how == "cpu offload":
-        return accelerate.cpu_offload(net, execution_device="cpu")
-    if how == "some on disk":
-        parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        parts |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(tiny.BLOCKS)}
-        return accelerate.dispatch_model(net, parts, main_device="cpu", offload_dir=str(folder), force_hooks=True)
-    return accelerate.disk_offload(net, str(folder), execution_device="cpu")
-
-
-@pytest.mark.parametrize("how", ["one device", "cpu offload", "some on disk", "all on disk"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_dispatched_model(net, how, when, tmp_path):
     library = tiny.library(net, masks=False)

@@ -1,6 +1,7 @@
 """Steered texts: samplers, recordings, prompts of members, beams, personas that change on the way, stock generate."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -36,17 +37,24 @@ def with_policies(persona):
     return pf.Persona(persona.vectors, policies={"formal": 0.7, "warm": 0.5}, steering=persona.steering)
 
 
+@functools.cache
+def on_their_own(name):
+    """The greedy text of every row alone, token by token, and whether steering changed any."""
+    net, persona, batch = tiny.model(), with_policies(STEERED[name]), chats()
+    with pf.attach(net, tiny.library(net), tokenizer=tiny.tokenizer()) as handle:
+        rows = [speak(net, handle, row_of(batch, row), persona, sampler="direct")[0] for row in range(3)]
+        plain = speak(net, handle, batch, pf.Persona(policies=persona.policies))
+    return rows, not all(torch.equal(row, other) for row, other in zip(rows, plain, strict=True))
+
+
 @pytest.mark.parametrize("sampler", ["direct", "verify", "block", "token_rs"])
 @pytest.mark.parametrize("name", STEERED)
 def test_exact_samplers_write_the_greedy_text_of_a_row_on_its_own(net, library, sampler, name):
-    persona, batch = with_policies(STEERED[name]), chats()
+    persona, (rows, steered) = with_policies(STEERED[name]), on_their_own(name)
     options = {} if sampler == "direct" or sampler == "token_rs" else {"chunk": 3, "draft": "reference"}
     with pf.attach(net, library, tokenizer=tiny.tokenizer()) as handle:
-        found = speak(net, handle, batch, persona, sampler=sampler, **options)
-        for row in range(3):
-            alone = speak(net, handle, row_of(batch, row), persona, sampler="direct")
-            assert torch.equal(found[row], alone[0])
-        assert not torch.equal(found, speak(net, handle, batch, pf.Persona(policies=persona.policies)))
+        found = speak(net, handle, chats(), persona, sampler=sampler, **options)
+    assert steered and torch.equal(found, torch.stack(rows))
 
 
 @pytest.mark.parametrize("sampler", ["scr", "mixture", "verify", "block"])
@@ -378,7 +386,7 @@ def test_rows_of_the_banks_are_counted_before_any_goes(net, library):
             speak(net, handle, chats(), many)
         with (
             handle.using(many[:1]),
-            pytest.raises(pf.PersonafastError, match="2 rows .* beside 1 of the rows in force"),
+            pytest.raises(pf.PersonafastError, match="2 rows .* beside 1 of personas in force"),
         ):
             handle.cast.steps(many[1:])
         assert torch.equal(speak(net, handle, chats(), [many[0], many[1], None]), before)

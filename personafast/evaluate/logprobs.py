@@ -13,6 +13,7 @@ from personafast import ops
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import anatomy
 from personafast.models.context import learned_positions
+from personafast.models.reading import input_device
 
 
 class _Reached(Exception):
@@ -73,7 +74,7 @@ class TextScorer:
         return [values for values in found if values is not None]
 
     def _batch(self, texts: Sequence[Continuation]) -> list[torch.Tensor]:
-        device = next(self._model.parameters()).device
+        device = input_device(self._model)
         length = max(len(text.ids) for text in texts)
         ids = torch.zeros(len(texts), length, dtype=torch.long)
         live = torch.zeros(len(texts), length, dtype=torch.long)

@@ -16,7 +16,8 @@ from personafast.errors import PersonafastError
 from personafast.masks.sources import CalibrationText, tokenize
 from personafast.masks.statistics import CalibrationStatistics, ChannelSums, check_settings
 from personafast.masks.targets import Targets, expert_inputs, find_targets
-from personafast.models.reading import TokenizedText, batches
+from personafast.models.reading import TokenizedText, batches, evaluating, few_logits, input_device
+from personafast.models.wrappers import unwrapped
 
 Progress = Callable[[int, int], None]
 
@@ -94,9 +95,9 @@ def calibrate(
         runs = {key: {**run, "seen": seen, "batches": total}}
         return CalibrationStatistics(sums, targets.parts.shape, settings, runs)
 
-    device = next(model.parameters()).device
+    device = input_device(model)
     watch = _Watch(targets)
-    with watch.hooked(), _evaluating(model):
+    with watch.hooked(), evaluating(model):
         for seen, (ids, live, response) in enumerate(batches(tokenized, batch_size, device), 1):
             if seen > start:
                 chosen = response if tokens == "response" else live.bool()
@@ -127,18 +128,6 @@ def _resume(
     if known != key:
         raise PersonafastError(f"{save_to}: statistics of other texts; repeat those, or give another file")
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and router noise, whatever state the model is in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _fingerprint(texts: Sequence[TokenizedText]) -> str:
@@ -202,7 +191,7 @@ class _Watch:
                 torch.stack([row.roll(len(row) - length) for row, length in zip(part, lengths, strict=True)])
                 for part in (ids, live, chosen)
             )
-            if "position_ids" in inspect.signature(model.forward).parameters:
+            if "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
                 options["position_ids"] = (live.cumsum(1) - 1).clamp(min=0)
         self._pass(model, ids, chosen, attention_mask=live, use_cache=False, **options)
 
@@ -217,10 +206,8 @@ class _Watch:
 
     def _pass(self, model: nn.Module, ids: torch.Tensor, chosen: torch.Tensor | None, **options: Any) -> Any:
         self._chosen, self._last = chosen, None
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1  # nobody reads them, and all of them take more memory than the rest
         try:
-            return model(input_ids=ids, **options)
+            return model(input_ids=ids, **options, **few_logits(model))
         finally:
             self._chosen, self._last = None, None
 

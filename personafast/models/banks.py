@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from personafast.errors import PersonafastError
 from personafast.models.anatomy import Anatomy
 from personafast.models.compressed import home
 from personafast.ops import SteerMode
@@ -17,6 +17,21 @@ from personafast.ops._lora_delta import BoundDelta
 
 # What is done with a slot of a bank that is only added.
 ADDED = (-1, 1.0, 1.0)
+
+
+class Lease:
+    """A slot of a bank, which keeps its blend as long as anything holds this.
+
+    Rows in force hold it, and so do a text that is being written between its passes, a logits processor, and a
+    checkpointed pass that the backward pass computes again: none of them tells the bank when it is done.
+    """
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+
+    def __deepcopy__(self, _: object) -> Lease:
+        # The rows of a model's copy name the slots of the copy's banks, which were copied with their leases.
+        return self
 
 
 class VectorBank:
@@ -33,45 +48,43 @@ class VectorBank:
         self._hidden = parts.shape.hidden_size
         self._banks: dict[int, torch.Tensor] = {}
         self._slots: dict[object, int] = {}
+        self._leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
         # By slot, the blocks where its row is not zero.
         self._acts: dict[int, frozenset[int]] = {}
         self.made = 0
 
-    def slot(
-        self, key: object, make: Callable[[], torch.Tensor], in_use: set[int], use: tuple[int, float, float] = ADDED
-    ) -> int:
-        """The slot of a blend, filled by `make() -> [num_blocks, H]` when new; if full, one not `in_use` goes.
+    @property
+    def in_use(self) -> set[int]:
+        """The slots that may not go."""
+        return set(self._leases)
+
+    def known(self, key: object) -> Lease | None:
+        """The slot of a blend that is in the bank, else None."""
+        if key not in self._slots:
+            return None
+        slot = self._slots[key] = self._slots.pop(key)  # the last used stand last
+        return self._lease(slot)
+
+    def put(self, key: object, rows: torch.Tensor, use: tuple[int, float, float] = ADDED) -> Lease:
+        """The slot of a blend that is new to the bank; if that is full, the one used longest ago of those nobody holds.
 
         Args:
             key: what tells the blend, and its use, from others.
-            make: called if it is not in the bank.
-            in_use: slots that may not go.
+            rows: float32 [num_blocks, H].
             use: what is done along it, of a bank of directions: `ops.steer_`'s mode and parameters.
         """
-        if key in self._slots:
-            self._slots[key] = self._slots.pop(key)  # the last used stand last
-            return self._slots[key]
-        rows = make()
-        if len(self._slots) < self.capacity:
-            slot = len(self._slots)
-        else:
-            oldest = next((known for known, used in self._slots.items() if used not in in_use), None)
-            if oldest is None:
-                raise PersonafastError(
-                    f"personas: more than {self.capacity} different vector blends in one call; "
-                    "attach with a larger max_personas"
-                )
-            slot = self._slots.pop(oldest)
+        slot = len(self._slots)
+        if slot == self.capacity:
+            slot = self._slots.pop(next(known for known, used in self._slots.items() if used not in self._leases))
         self._acts[slot] = frozenset(block for block, row in enumerate(rows) if bool(row.any()))
         for block, row in enumerate(rows):
             if block in self._banks or block in self._acts[slot]:
                 self._put(block, slot, row, use)
         self._slots[key] = slot
-        return slot
+        return self._lease(slot)
 
-    def known(self, key: object) -> int | None:
-        """The slot of a blend that is in the bank, else None."""
-        return self._slots.get(key)
+    def _lease(self, slot: int) -> Lease:
+        return self._leases.setdefault(slot, Lease(slot))
 
     def acts(self, slot: int) -> frozenset[int]:
         """The blocks where the row of a slot is not zero."""

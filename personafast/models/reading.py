@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from personafast.errors import PersonafastError
+from personafast.models.compressed import home
+from personafast.models.wrappers import unwrapped
 
 POSITIONS = ("response_avg", "prompt_avg", "prompt_last", "response_last")
 """Which tokens of a text stand for it: the mean over its response or its prompt, or the last token of either."""
@@ -105,8 +108,32 @@ def padded(
 
 def forward(model: nn.Module, ids: torch.Tensor, live: torch.Tensor) -> None:
     """One forward for what the hooks see; of the logits only one position is asked for, where the model can do that."""
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=ids, attention_mask=live, use_cache=False, **few)
+    model(input_ids=ids, attention_mask=live, use_cache=False, **few_logits(model))
+
+
+def few_logits(model: nn.Module) -> dict[str, int]:
+    """What a forward is called with when nobody reads its logits: all of them take more memory than the rest."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters else {}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where to put the ids that a model is given: where its weights are, if any is in memory.
+
+    Offloaded weights do not tell; whatever brings them for a pass moves the ids too.
+    """
+    return home(model)[1]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let the model run without dropout, then put every module back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Reader:

@@ -82,10 +82,6 @@ class SteeredBlocks:
         """Changes whenever there is a bank that recordings from before do not know."""
         return self.adds.made, self.directions.made
 
-    def used(self, adds: bool) -> set[int]:
-        """Slots of a bank that the rows in force use."""
-        return set() if self.rows is None else self.rows.used(adds)
-
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(self.rows, RowSteps) and self.rows.shaped:
             place = _place_outside if torch.compiler.is_compiling() else SteeredBlocks._place

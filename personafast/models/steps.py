@@ -8,12 +8,13 @@ a pass, as slots and scales of its tokens; the banks know nothing of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from personafast.errors import PersonafastError
+from personafast.models.banks import Lease
 from personafast.models.places import Places, Prompts
 
 NOBODY = -1
@@ -72,12 +73,14 @@ class Step:
         slot: the row of the lane's bank.
         blocks: where that row is not zero.
         window: where and how strongly it acts.
+        lease: keeps the blend in that slot.
     """
 
     lane: int
     slot: int
     blocks: frozenset[int]
     window: Window = EVERYWHERE
+    lease: Lease | None = field(default=None, compare=False, repr=False)
 
 
 Steps = tuple[Step, ...]
@@ -211,10 +214,6 @@ class RowSteps:
         told = self.prompts.told
         return RowSteps([self.rows[row] for row in chosen], Prompts(None if told is None else told[rows].tolist()))
 
-    def used(self, adds: bool) -> set[int]:
-        """The slots that rows carry of the bank of additions, or of the other one."""
-        return {step.slot for steps in self.rows for step in steps if (step.lane % 2 == 0) is adds}
-
     @cached_property
     def lanes(self) -> dict[int, tuple[Step | None, ...]]:
         """By lane in order, the step of every row."""
@@ -296,7 +295,6 @@ class HeldSteps:
         self._seats, self._device = seats, device
         self._prompts = torch.zeros(seats, dtype=torch.long, device=device)
         self._tables: dict[tuple[int, int], Table] = {}
-        self._rows: RowSteps | None = None
         self._index: torch.Tensor | None = None
         self._spread: dict[int, tuple[Lane, ...]] = {}
         # (lane, spans, whether it chooses tokens, whether it scales): a recording holds for these.
@@ -304,7 +302,7 @@ class HeldSteps:
 
     def hold(self, rows: RowSteps) -> None:
         """Give the first seats the steps of these rows, and the others none."""
-        self._rows, kind = rows, []
+        kind = []
         if rows.counts:
             told = rows.prompts.told
             assert told is not None
@@ -318,10 +316,6 @@ class HeldSteps:
             chooses, scales, _ = rows.facts[lane]
             kind.append((lane, spans, chooses, scales))
         self.kind = tuple(kind)
-
-    def used(self, adds: bool) -> set[int]:
-        """As `RowSteps.used`."""
-        return set() if self._rows is None else self._rows.used(adds)
 
     def begin(self, index: torch.Tensor) -> None:
         """A pass begins, over tokens with this index, int64 [seats, L]."""

@@ -84,7 +84,8 @@ def extract_vectors(
     None where there are too few texts) and `best_block`, the block of the largest separation.
 
     Args:
-        model: a Hugging Face decoder, on any device.
+        model: a Hugging Face decoder, wherever its weights are; personas in force (`using`) and adapters that are on
+            are part of what is read.
         tokenizer: its tokenizer; a chat template is needed for chats and trait files.
         traits: trait -> source.
         method: `mean_diff`, `pca_diff`, `pca_center` or `logistic`, see `direction`.
@@ -123,6 +124,8 @@ def extract_vectors(
         raise PersonafastError(f"batch_size: {batch_size} is not at least 1")
     if not statistics and method != "mean_diff":
         raise PersonafastError(f"statistics: {method} needs the texts' means; leave it on, or take mean_diff")
+    if not traits:
+        raise PersonafastError("traits: empty; give at least one trait and its source")
     pairs = PairFilter(judge, coherence, threshold, coherence_threshold)
     known = {name: _resolve(name, source, pairs) for name, source in traits.items()}
     anatomy(model)  # what is not understood is refused before anything is generated

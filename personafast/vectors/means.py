@@ -12,7 +12,7 @@ from torch import nn
 from personafast._io import read_safetensors, write_safetensors
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import anatomy
-from personafast.models.reading import Reader, TokenizedText, forward, longest_first, padded
+from personafast.models.reading import Reader, TokenizedText, evaluating, forward, input_device, longest_first, padded
 
 
 class TextMeans:
@@ -119,7 +119,7 @@ def read_means(
     """
     spans = find_spans(texts, positions, label)
     parts = anatomy(model)
-    device = next(model.parameters()).device
+    device = input_device(model)
     chosen: list[int] = []
     seen: dict[int, torch.Tensor] = {}
 
@@ -132,23 +132,18 @@ def read_means(
 
         return see
 
-    training = model.training
-    model.eval()
-    try:
-        with Reader() as reader:
-            for index, block in enumerate(parts.blocks):
-                reader.on_output(block, reads(index))
-            todo = into.missing
-            for places in longest_first([len(texts[row].ids) for row in todo], batch_size):
-                chosen = [todo[place] for place in places]
-                forward(model, *padded([texts[row].ids for row in chosen], device))
-                means = torch.stack([seen[block].cpu() for block in range(len(parts.blocks))])
-                _check_finite(means, chosen, label)
-                into.add(chosen, means)
-                if on_batch is not None:
-                    on_batch(len(chosen))
-    finally:
-        model.train(training)
+    with evaluating(model), Reader() as reader:
+        for index, block in enumerate(parts.blocks):
+            reader.on_output(block, reads(index))
+        todo = into.missing
+        for places in longest_first([len(texts[row].ids) for row in todo], batch_size):
+            chosen = [todo[place] for place in places]
+            forward(model, *padded([texts[row].ids for row in chosen], device))
+            means = torch.stack([seen[block].cpu() for block in range(len(parts.blocks))])
+            _check_finite(means, chosen, label)
+            into.add(chosen, means)
+            if on_batch is not None:
+                on_batch(len(chosen))
 
 
 def find_spans(texts: Sequence[TokenizedText], positions: str, label: str) -> list[tuple[int, int]]:

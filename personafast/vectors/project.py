@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from personafast.errors import PersonafastError
 from personafast.models.anatomy import ModelShape, anatomy
-from personafast.models.reading import Reader, TokenizedText
+from personafast.models.reading import Reader, TokenizedText, evaluating, forward, input_device, longest_first, padded
 from personafast.vectors.blend import acting_blocks, checked_norms
 from personafast.vectors.vector import BLOCK_OUTPUT, PersonaVector
 
@@ -61,7 +60,7 @@ def project(
     what is kept is four bytes a token, vector and block, and twice that with the cosines.
 
     Args:
-        model: a Hugging Face decoder in eval mode, on any device.
+        model: a Hugging Face decoder, on any device; dropout is off meanwhile.
         tokenizer: its tokenizer.
         texts: plain texts; chats whose last message is the assistant's; or token ids.
         vectors: the vectors by name.
@@ -76,10 +75,14 @@ def project(
         PersonafastError: no texts or vectors, a text without tokens, a vector of another width, number of blocks or
             hook point, a block out of range or missing, or a vector of norm zero at a block asked for.
     """
+    if isinstance(texts, str):
+        raise PersonafastError("texts: one text alone; give a list of texts")
     if not texts:
         raise PersonafastError("texts: empty; give at least one text")
     if not vectors:
         raise PersonafastError("vectors: empty; give at least one vector")
+    if batch_size < 1:
+        raise PersonafastError(f"batch_size: {batch_size} is not at least 1")
     parts = anatomy(model)
     chosen = {name: _blocks(name, vector, parts.shape, blocks) for name, vector in vectors.items()}
     tokenized = [_tokenized(tokenizer, text) for text in texts]
@@ -99,24 +102,16 @@ def project(
 
         return see
 
-    device = next(model.parameters()).device
-    # Logits of every position are the largest thing a forward pass makes, and nothing here reads them.
-    plain: Any = getattr(model, "get_base_model", lambda: model)()
-    spare = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
-    order = sorted(range(len(texts)), key=lambda index: -len(tokenized[index].ids))
-    with Reader() as reader:
+    device = input_device(model)
+    with evaluating(model), Reader() as reader:
         for block in directions:
             reader.on_output(parts.blocks[block], projecting(block))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [torch.as_tensor(tokenized[index].ids) for index in batch]
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            live = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            model(input_ids=ids.to(device), attention_mask=live.to(device), use_cache=False, **spare)
-            for row, index in enumerate(batch):
-                found[index] = _gather(tokenizer, tokenized[index], row, chosen, seen)
+        for places in longest_first([len(text.ids) for text in tokenized], batch_size):
+            forward(model, *padded([tokenized[place].ids for place in places], device))
+            for row, place in enumerate(places):
+                found[place] = _gather(tokenizer, tokenized[place], row, chosen, seen)
             if on_texts is not None:
-                on_texts(len(batch))
+                on_texts(len(places))
     return [each for each in found if each is not None]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from personafast.errors import PersonafastError, UnsupportedModelError
-from personafast.models.reading import longest_first, padded
+from personafast.models.reading import evaluating, input_device, longest_first, padded
 from personafast.ops import philox
 
 
@@ -102,7 +102,7 @@ def respond(
     net = cast(Any, model)
     own = net.generation_config
     ends = _end_tokens(own, tokenizer)
-    device = next(model.parameters()).device
+    device = input_device(model)
     config = GenerationConfig(
         bos_token_id=getattr(own, "bos_token_id", None),
         eos_token_id=ends or None,
@@ -110,23 +110,21 @@ def respond(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
     )
-    training = model.training
-    model.eval()
     # transformers lays a checkpoint's penalties and cut-offs over the options of a call.
     net.generation_config = config
     try:
-        for places in longest_first([len(prompt) for prompt in prompts], batch_size):
-            ids, live = padded([prompts[place] for place in places], device, side="left")
-            processors = LogitsProcessorList()
-            if sampling.temperature > 0:
-                processors.append(cast(Any, RowSampler([seeds[place] for place in places], ids.shape[1], sampling)))
-            whole = net.generate(
-                input_ids=ids, attention_mask=live, generation_config=config, logits_processor=processors
-            )
-            yield places, [_until(row, ends) for row in whole[:, ids.shape[1] :].tolist()]
+        with evaluating(model):
+            for places in longest_first([len(prompt) for prompt in prompts], batch_size):
+                ids, live = padded([prompts[place] for place in places], device, side="left")
+                processors = LogitsProcessorList()
+                if sampling.temperature > 0:
+                    processors.append(cast(Any, RowSampler([seeds[place] for place in places], ids.shape[1], sampling)))
+                whole = net.generate(
+                    input_ids=ids, attention_mask=live, generation_config=config, logits_processor=processors
+                )
+                yield places, [_until(row, ends) for row in whole[:, ids.shape[1] :].tolist()]
     finally:
         net.generation_config = own
-        model.train(training)
 
 
 def _end_tokens(own: Any, tokenizer: Any) -> list[int]:

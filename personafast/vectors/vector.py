@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,10 @@ class PersonaVector:
             directions[list(missing)] = 0.0
         object.__setattr__(self, "directions", directions.contiguous())
         object.__setattr__(self, "missing", missing)
-        blocks = tuple(int(block) for block in self.blocks) or self._default_blocks()
+        try:
+            blocks = tuple(operator.index(block) for block in self.blocks) or self._default_blocks()
+        except TypeError:
+            raise PersonafastError(f"vector: blocks {self.blocks!r} are not 0-based block indices") from None
         self.check_blocks(blocks)
         object.__setattr__(self, "blocks", blocks)
 
@@ -85,6 +89,11 @@ class PersonaVector:
         count = self.directions.shape[0]
         (usual,) = default_blocks(count)
         return (min((block for block in range(count) if block not in self.missing), key=lambda b: abs(b - usual)),)
+
+    @property
+    def version(self) -> int:
+        """Changes when `directions` is written to in place."""
+        return 0 if self.directions.is_inference() else self.directions._version
 
     @property
     def norms(self) -> torch.Tensor:

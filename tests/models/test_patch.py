@@ -78,24 +78,24 @@ def test_a_slot_used_again_keeps_nothing_of_the_blend_before(net, library, ids):
 
 
 def test_the_blend_used_longest_ago_leaves_a_full_bank(net):
-    made = []
-
-    def slot(bank, key, in_use=()):
-        def make():
-            made.append(key)
-            return torch.ones(tiny.BLOCKS, tiny.HIDDEN)
-
-        return bank.slot(key, make, set(in_use))
-
     bank = VectorBank(anatomy(net), 3)
-    first = {key: slot(bank, key) for key in "abc"}
-    assert len(set(first.values())) == 3
-    assert slot(bank, "a") == first["a"]
-    assert slot(bank, "d") == first["b"]  # not a's, although that was filled first
-    assert slot(bank, "a") == first["a"] and made == ["a", "b", "c", "d"]
-    # What a call uses stays, whatever its age.
-    assert slot(bank, "e", in_use=[first["c"]]) == first["b"]
-    assert slot(bank, "c") == first["c"] and made == ["a", "b", "c", "d", "e"]
+
+    def lease(key):
+        return bank.known(key) or bank.put(key, torch.ones(tiny.BLOCKS, tiny.HIDDEN))
+
+    first = {key: lease(key).slot for key in "abc"}
+    assert len(set(first.values())) == 3 and not bank.in_use
+    assert lease("a").slot == first["a"]
+    assert lease("d").slot == first["b"]  # not a's, although that was filled first
+    assert lease("a").slot == first["a"] and bank.known("b") is None
+    # What somebody holds stays, whatever its age, and goes when the last one lets go.
+    held = [lease("c"), lease("c")]
+    lease("a"), lease("d")
+    assert bank.in_use == {first["c"]} and lease("e").slot == first["a"]
+    held.pop()
+    assert lease("f").slot == first["b"] and lease("c").slot == first["c"]
+    held.clear()
+    assert not bank.in_use
 
 
 def test_linears_that_a_mask_does_not_name_stay_dense_beside_a_mask_that_does(net, ids):

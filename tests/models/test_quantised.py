@@ -9,7 +9,10 @@ from torch import nn
 import personafast as pf
 from personafast.masks import PersonaMask
 from personafast.models.anatomy import anatomy, is_linear, linear_features
+from personafast.models.reading import TokenizedText
 from personafast.models.rows import RowSlots
+from personafast.vectors.extract import mean_activations
+from personafast.vectors.state import model_settings
 
 pytestmark = [pytest.mark.usefixtures("reference_backend"), pytest.mark.filterwarnings("ignore")]
 IDS = torch.tensor([[5, 9, 3, 7], [8, 4, 6, 10]])
@@ -215,3 +218,15 @@ def test_a_wrapper_of_a_linear_is_none():
     assert is_linear(linear) and not is_linear(wrapper)
     plain = peft.get_peft_model(families.build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     assert set(anatomy(plain).linears) == set(anatomy(net).linears)
+
+
+def test_texts_are_read_off_a_quantised_model(net):
+    rows = [[5, 9, 3, 7], [8, 4, 6]]
+    found = mean_activations(net, [TokenizedText(ids, len(ids) - 1) for ids in rows])
+    with torch.no_grad():
+        states = [net(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in rows]
+    for block in range(len(anatomy(net).blocks) - 1):
+        hand = torch.stack([each[block + 1][0, 1:].double().mean(dim=0) for each in states]).mean(dim=0)
+        torch.testing.assert_close(found[block], hand, rtol=1e-4, atol=1e-5)
+    # A state folder tells it from another model.
+    assert model_settings(net) == model_settings(net) != model_settings(families.build("llama"))

@@ -116,5 +116,4 @@ def test_held_steps_are_those_of_rows_and_leave_nothing_behind():
         assert [lane.slots.tolist() for lane in lanes] == list(slots.values())
         assert [lane.adds for lane in lanes] == [lane % 2 == 0 for lane in slots]
         kinds.append(held.kind)
-        assert held.used(False) == rows.used(False)
     assert kinds == [((0, 1, False, False), (1, 1, True, True)), ((1, 1, True, True),)]
