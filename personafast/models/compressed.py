@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from personafast import ops
 from personafast.models.anatomy import is_conv1d, linear_features
+from personafast.ops._sparse_linear import BoundSparse
 
 
 def home(module: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -83,10 +85,13 @@ class CompressedWeight:
         weight[ops.unpack_mask(self.bitmap, shape[1])] = self.values.to(missing.dtype)
         return weight.t().contiguous() if is_conv1d(linear) else weight
 
+    @cached_property
+    def _bound(self) -> BoundSparse:
+        return BoundSparse(self.values, self.bitmap, self.row_offsets)
+
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., I] -> [..., O]."""
-        flat = ops.sparse_linear(x.reshape(-1, x.shape[-1]), self.values, self.bitmap, self.row_offsets, bias)
-        return flat.view(*x.shape[:-1], flat.shape[-1])
+        return self._bound(x, bias)
 
 
 def _product(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's name for it

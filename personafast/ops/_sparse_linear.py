@@ -239,6 +239,65 @@ def _serves(
     )
 
 
+class BoundSparse:
+    """`sparse_linear` with weights that stay: what is known of them is checked once, and no dispatcher is passed.
+
+    At one token a row of a small layer that is half of the call. It is a helper of the models, as `BoundDelta`.
+    """
+
+    def __init__(self, values: torch.Tensor, bitmap: torch.Tensor, row_offsets: torch.Tensor) -> None:
+        self._weights = values, bitmap, row_offsets
+        self._outputs, self._words = bitmap.shape
+        self._count = values.shape[0]
+        plain = all(type(tensor) in PLAIN and tensor.is_cpu for tensor in self._weights)
+        dense = self._words > 0 and _kernel_refuses(values, bitmap, row_offsets) is None
+        fits = plain and dense and not values.requires_grad
+        # What the kernel multiplies with these weights: nothing if it does not take them.
+        self._dtype = values.dtype if fits else None
+        self._kind = _KERNEL_DTYPES.get(values.dtype, 0)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., I] -> [..., O]."""
+        values, bitmap, row_offsets = self._weights
+        shape = x.shape
+        if (
+            x.dtype != self._dtype
+            or type(x) is not torch.Tensor
+            or not (x.is_cpu and shape and (shape[-1] + 31) // 32 == self._words and x.is_contiguous())
+            or (bias is not None and not self._takes(bias))
+            or watched()
+            or wants_gradient(x, bias)
+            or _backend.pick("sparse_linear", "cpu") != "cpu"
+        ):
+            flat = sparse_linear(x.reshape(-1, shape[-1]), values, bitmap, row_offsets, bias)
+            return flat.view(*shape[:-1], self._outputs)
+        features = shape[-1]
+        out = x.new_empty((*shape[:-1], self._outputs))
+        # No address is kept: with a deep copy of the model its weights are copied, and this with them.
+        wrong = _backend.module("cpu").sparse_linear(
+            out.data_ptr(),
+            x.data_ptr(),
+            features,
+            values.data_ptr(),
+            bitmap.data_ptr(),
+            row_offsets.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self._count,
+            x.numel() // features,
+            self._outputs,
+            features,
+            self._kind,
+            torch.get_num_threads(),
+        )
+        if wrong >= 0:
+            _check_offsets(row_offsets, self._count)
+        return out
+
+    def _takes(self, bias: torch.Tensor) -> bool:
+        plain = type(bias) in PLAIN and bias.is_cpu and bias.is_contiguous()
+        return plain and bias.dtype == self._dtype and bias.shape == (self._outputs,)
+
+
 def _run(
     x: torch.Tensor,
     values: torch.Tensor,

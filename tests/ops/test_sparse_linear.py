@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 
 from personafast import ops
 from personafast.errors import BackendError, PersonafastError
+from personafast.ops import _sparse_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -176,3 +179,69 @@ def test_compress_names_bad_masks():
         ops.compress(torch.zeros(4, 20), torch.zeros(4, 2, dtype=torch.int32))
     with pytest.raises(PersonafastError, match="`mask` has dtype bool, expected int32"):
         ops.compress(torch.zeros(4, 20), torch.zeros(4, 20, dtype=torch.bool))
+
+
+def bound(dtype, rows=5, features=45, outputs=11):
+    x, weight, kept, bias = make(rows, features, outputs, dtype, 3, pad=0)
+    return x.view(rows, 1, features), ops.compress(weight, ops.pack_mask(kept)), bias
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """How often the operator was called, with all its checks."""
+    seen, op = [], _sparse_linear.sparse_linear
+    monkeypatch.setattr(_sparse_linear, "sparse_linear", lambda *args: (seen.append(1), op(*args))[1])
+    return seen
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 5, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bound_weights_give_the_same_bits_at_once(dtype, rows, biased, dispatched):
+    pytest.importorskip("personafast._C")
+    x, compressed, bias = bound(dtype, rows)
+    bias = bias if biased else None
+    found = _sparse_linear.BoundSparse(*compressed)(x, bias)
+    assert dispatched == [] and found.shape == (rows, 1, 11)
+    assert torch.equal(found[:, 0], ops.sparse_linear(x[:, 0], *compressed, bias))
+
+
+def test_bound_weights_are_read_where_they_are_now():
+    x, compressed, bias = bound(torch.float32)
+    weights = _sparse_linear.BoundSparse(*compressed)
+    other, expected = copy.deepcopy(weights), weights(x, bias)
+    compressed[0].mul_(2)
+    assert torch.equal(other(x, bias), expected)
+    assert torch.equal(weights(x, bias), ops.sparse_linear(x[:, 0], *compressed, bias)[:, None])
+    bias.add_(1)
+    assert torch.equal(weights(x, bias), ops.sparse_linear(x[:, 0], *compressed, bias)[:, None])
+    compressed[2][2] = 10_000
+    with pytest.raises(PersonafastError, match="`row_offsets` of output 1"):
+        weights(x, bias)
+
+
+def test_bound_weights_leave_to_the_operator_what_the_kernel_does_not_take(dispatched):
+    x, compressed, bias = bound(torch.float32)
+    weights = _sparse_linear.BoundSparse(*compressed)
+    expected = weights(x, bias)
+    wide = torch.cat([x, x], -1)[..., :45]
+    assert torch.equal(weights(wide, bias), expected)
+    assert torch.equal(weights(x, torch.stack([bias, bias], 1)[:, 0]), expected)
+    with ops.use_backend("reference"):
+        torch.testing.assert_close(weights(x, bias), expected)
+    dispatched.clear()
+    double = _sparse_linear.BoundSparse(compressed[0].double(), *compressed[1:])
+    torch.testing.assert_close(double(x.double(), bias.double()), expected.double(), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights(x, bias)
+    assert len(dispatched) == 2
+    for wrong, message in (
+        ((x.bfloat16(), None), "`values` has dtype float32"),
+        ((x[..., :30].contiguous(), None), "`bitmap` has shape"),
+        ((x, bias[:5]), "`bias` has shape"),
+        ((x, bias.double()), "`bias` has dtype"),
+        ((x.clone().requires_grad_(), bias), "no gradient"),
+        ((x, bias.clone().requires_grad_()), "no gradient"),
+    ):
+        with pytest.raises(PersonafastError, match=message):
+            weights(*wrong)
