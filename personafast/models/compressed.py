@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +38,11 @@ class CompressedWeight:
     bitmap: torch.Tensor
     row_offsets: torch.Tensor
     requires_grad: bool
+    _bound: BoundSparse = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Not a cached property: the lock that takes is a break in a graph of torch.compile.
+        object.__setattr__(self, "_bound", BoundSparse(self.values, self.bitmap, self.row_offsets))
 
     @classmethod
     def take(cls, linear: nn.Module, words: torch.Tensor) -> CompressedWeight:
@@ -84,10 +88,6 @@ class CompressedWeight:
         weight = torch.zeros(shape, dtype=missing.dtype, device=self.values.device)
         weight[ops.unpack_mask(self.bitmap, shape[1])] = self.values.to(missing.dtype)
         return weight.t().contiguous() if is_conv1d(linear) else weight
-
-    @cached_property
-    def _bound(self) -> BoundSparse:
-        return BoundSparse(self.values, self.bitmap, self.row_offsets)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., I] -> [..., O]."""

@@ -199,3 +199,11 @@ def test_what_is_saved_is_the_masked_model_and_nothing_is_loaded_over_it(net, li
         handle.detach()
     net.load_state_dict(dense)
     assert all(torch.equal(value, dense[name]) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_compressed_block_is_one_graph_of_torch_compile(net, library):
+    pf.attach(net, library, keep_dense=False)
+    mlp, x = net.model.layers[0].mlp, torch.randn(1, 1, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-5, atol=1e-5)
