@@ -38,15 +38,16 @@ int64_t lora_delta_cpu(const LoraDeltaArgs& args, int threads);
 
 struct LoraDeltaCudaArgs {
   LoraDeltaArgs delta;
-  // Memory for lora_delta_inner(rows, rank) numbers, for two launches; or null, for one launch of clusters, which needs
-  // compute capability 9.0.
+  // Memory for ceil(rows / 8) * kLoraDeltaInner * rank numbers, for two launches; or null, for one launch of clusters,
+  // which needs compute capability 9.0.
   float* inner;
 };
 
 // The greatest rank that lora_delta_cuda takes; of others it returns cudaErrorInvalidValue.
 constexpr int64_t kLoraDeltaCudaRank = 64;
 
-inline int64_t lora_delta_inner(int64_t rows, int64_t rank) { return (rows + 7) / 8 * 64 * rank; }
+// Numbers of `inner` for each rank of 8 rows.
+constexpr int64_t kLoraDeltaInner = 64;
 
 // See personafast/cuda.h. A row's result depends neither on the other rows nor on the device, and is the same with one
 // launch and with two.
