@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,6 +107,9 @@ def choice(
                 if held_out is not None:
                     found[-len(prompts)][0]["perplexity"] = _perplexity(net, tokenizer, held_out, window)
     report = _report(found, labels)
+    apart = _mask_differences(own, mask or [])
+    if apart:
+        report["mask_differences"] = apart
     report = {"items": str(items), "count": len(asked), "model": model, "system": system, **settings, **report}
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
@@ -152,6 +156,20 @@ def _labels(path: Path, known: set[str], wanted: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(wanted))
     # The other answer's share is what is left.
     return [MATCHING] if known == {MATCHING, OTHER} else sorted(known)
+
+
+def _mask_differences(library: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    """In what share of the weights each two of the masks differ, by class of modules and in all."""
+    from personafast.masks.report import differences, totals
+
+    return [
+        {
+            "first": first,
+            "second": second,
+            **{row.path: row.share for row in totals(differences(library.masks[first], library.masks[second]))},
+        }
+        for first, second in combinations(names, 2)
+    ]
 
 
 def _text(path: Path | None) -> str | None:
@@ -218,7 +236,24 @@ def _show(report: Mapping[str, Any], labels: Sequence[str]) -> None:
             value = row["perplexity"]
             cells.append(f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]")
         table.add_row(*cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if "mask_differences" in report:
+        _show_differences(console, report["mask_differences"])
+
+
+def _show_differences(console: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    classes = list(dict.fromkeys(key for row in rows for key in row if key not in ("first", "second")))
+    table = Table(title="Masks differ in % of weights", title_justify="left")
+    table.add_column("masks")
+    for name in classes:
+        table.add_column(name, justify="right")
+    for row in rows:
+        shares = (f"{100 * row[name]:.3f}" if name in row else "" for name in classes)
+        table.add_row(f"{row['first']}, {row['second']}", *shares)
+    console.print(table)
 
 
 def _percent(value: Mapping[str, float]) -> str:

@@ -120,3 +120,10 @@ def summed(rows: list[ModuleDifference], path: str = "") -> ModuleDifference:
         kinds.pop() if len(kinds) == 1 else "",
         *(sum(getattr(row, name) for row in rows) for name in ("weights", "first", "second", "both")),
     )
+
+
+def totals(rows: list[ModuleDifference]) -> list[ModuleDifference]:
+    """The sum over each class of modules, where there are several, and the sum over all."""
+    kinds = dict.fromkeys(row.kind for row in rows)
+    parts = [summed([row for row in rows if row.kind == kind], kind) for kind in kinds] if len(kinds) > 1 else []
+    return [*parts, summed(rows, "all")]

@@ -8,6 +8,8 @@ from personafast.cli.loading import load_model
 from personafast.evaluate import choose, perplexity, read_items
 from personafast.handle import attach
 from personafast.library import PersonaLibrary
+from personafast.masks import build_mask, calibrate
+from personafast.models.reading import TokenizedText
 from personafast.persona import Persona
 
 ITEMS = """question,A,B,matching
@@ -63,6 +65,35 @@ def test_the_table_shows_what_was_asked(cli, items, checkpoint):
     result = cli("eval", "choice", "--items", items, "--model", checkpoint, "--label", "not_matching")
     assert result.exit_code == 0, result.stderr
     assert "4 items of" in result.stdout and "not_matching" in result.stdout and "dense" in result.stdout
+
+
+def test_several_masks_come_with_what_they_differ_in(cli, items, checkpoint, personas, net):
+    library = PersonaLibrary.from_pretrained(personas)
+    other = build_mask(net, calibrate(net, [TokenizedText(list(range(30, 60)), 20)]), sparsity=0.4)
+    library.add_mask("thinker", other)
+    library.save_pretrained(personas)
+    options = [
+        "--items",
+        items,
+        "--model",
+        checkpoint,
+        "--library",
+        personas,
+        "--mask",
+        "introvert",
+        "--mask",
+        "thinker",
+    ]
+    report = json.loads(cli("eval", "choice", *options, "--json").stdout)
+    (row,) = report["mask_differences"]
+    first, second = library.masks["introvert"], library.masks["thinker"]
+    bits = [first.dense(path) ^ second.dense(path) for path in first.words]
+    wanted = sum(int(each.sum()) for each in bits) / sum(each.numel() for each in bits)
+    assert (
+        (row["first"], row["second"]) == ("introvert", "thinker") and row["all"] == pytest.approx(wanted) and wanted > 0
+    )
+    table = cli("eval", "choice", *options).stdout
+    assert "Masks differ" in table and f"{100 * wanted:.3f}" in table
 
 
 def test_poles_are_counted_each(cli, tmp_path, checkpoint):

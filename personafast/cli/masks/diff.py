@@ -53,15 +53,9 @@ def diff(
         typer.echo(f"figure: {plot}", err=True)
 
 
-def _totals(rows: list[ModuleDifference]) -> list[ModuleDifference]:
-    from personafast.masks.report import summed
-
-    kinds = dict.fromkeys(row.kind for row in rows)
-    parts = [summed([row for row in rows if row.kind == kind], kind) for kind in kinds] if len(kinds) > 1 else []
-    return [*parts, summed(rows, "all")]
-
-
 def _facts(rows: list[ModuleDifference]) -> dict[str, Any]:
+    from personafast.masks.report import totals
+
     def one(row: ModuleDifference) -> dict[str, Any]:
         return {
             "weights": row.weights,
@@ -71,7 +65,7 @@ def _facts(rows: list[ModuleDifference]) -> dict[str, Any]:
         }
 
     return {
-        "total": {row.path: one(row) for row in _totals(rows)},
+        "total": {row.path: one(row) for row in totals(rows)},
         "modules": [{"path": row.path, "block": row.block, "module": row.name, **one(row)} for row in rows],
     }
 
@@ -80,12 +74,13 @@ def _print(rows: list[ModuleDifference], first: str, second: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from personafast.masks.report import totals
+
     table = Table(title=f"{first} and {second}, in % of weights", title_justify="left")
     table.add_column("module", overflow="fold")
     for heading in (f"{first} keeps", f"{second} keeps", "differ", "Jaccard"):
         table.add_column(heading, justify="right")
-    totals = _totals(rows)
-    for index, row in enumerate([*rows, *totals]):
+    for index, row in enumerate([*rows, *totals(rows)]):
         shares = (f"{100 * part / row.weights:.2f}" for part in (row.first, row.second))
         last = index == len(rows) - 1
         table.add_row(row.path, *shares, f"{100 * row.share:.3f}", f"{row.jaccard:.4f}", end_section=last)
