@@ -39,7 +39,9 @@ def masks(folder):
 def test_import(cli, checkpoint, authors, library):
     assert set(masks(library)) == {"power-seek", "power-reject"}
     path = "model.layers.1.mlp.down_proj"
-    assert torch.equal(masks(library)["power-seek"].dense(path), torch.load(authors / f"M_seek_{path}.pt"))
+    assert torch.equal(
+        masks(library)["power-seek"].dense(path), torch.load(authors / f"M_seek_{path}.pt", weights_only=True)
+    )
     torch.save(torch.ones(64, 32, dtype=torch.bool), authors / "M_seek_lm_head.pt")
     common = ("masks", "import", authors, "--model", checkpoint, "--library", library)
     refused = cli(*common, "--name", "s")
